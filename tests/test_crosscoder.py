@@ -1,0 +1,169 @@
+import json
+import shutil
+
+import pytest
+import safetensors.torch
+import torch
+
+from utils import CrossCoder, make_cfg
+
+
+def crosscoder_for(n_layers, d_model, dict_size, **overrides):
+    return CrossCoder(make_cfg(dict_size=dict_size, enc_dtype="fp32", device="cpu", **overrides), n_layers, d_model)
+
+
+@pytest.fixture
+def crosscoder():
+    """Small, with every parameter and the normalisation away from its initial value."""
+    crosscoder = crosscoder_for(3, 5, 7, dec_init_norm=0.7)
+    generator = torch.Generator().manual_seed(1)
+    for parameter in crosscoder.parameters():
+        parameter.data += 0.3 * torch.randn(parameter.shape, generator=generator)
+    crosscoder.norm_factor.copy_(torch.tensor([0.5, 2.0, 3.0]))
+    return crosscoder
+
+
+def slow_losses(W_enc, W_dec, b_enc, b_dec, norm_factor, x):
+    """The formulas term by term. -> l2, l1, l0 as float64"""
+    n_layers, d_model, d_sae = W_enc.shape
+    l2 = l1 = l0 = torch.zeros((), dtype=torch.float64)
+    for row in x:
+        y = [[row[l, d] / norm_factor[l] for d in range(d_model)] for l in range(n_layers)]
+        acts = []
+        for i in range(d_sae):
+            h = b_enc[i] + sum(y[l][d] * W_enc[l, d, i] for l in range(n_layers) for d in range(d_model))
+            acts.append(h if h > 0 else h * 0)
+            l0 = l0 + float(h > 0)
+            norms = sum(sum(W_dec[i, l, d] ** 2 for d in range(d_model)) ** 0.5 for l in range(n_layers))
+            l1 = l1 + acts[i] * norms
+        for l in range(n_layers):
+            for d in range(d_model):
+                y_hat = b_dec[l, d] + sum(acts[i] * W_dec[i, l, d] for i in range(d_sae))
+                l2 = l2 + (y[l][d] - y_hat) ** 2
+    return l2 / len(x), l1 / len(x), l0 / len(x)
+
+
+def test_losses_and_gradients_equal_a_slow_loop_in_float64(crosscoder):
+    x = torch.randn(6, 3, 5, generator=torch.Generator().manual_seed(2)) * 2
+    names = ("W_enc", "W_dec", "b_enc", "b_dec")
+    slow = [getattr(crosscoder, name).detach().double().requires_grad_() for name in names]
+    wanted = slow_losses(*slow, crosscoder.norm_factor.double(), x.double())
+    (wanted[0] + 3 * wanted[1]).backward()
+    losses = crosscoder.get_losses(x)
+    (losses.l2_loss + 3 * losses.l1_loss).backward()
+    assert [losses.l2_loss.item(), losses.l1_loss.item(), losses.l0_loss.item()] == pytest.approx(
+        [w.item() for w in wanted], rel=1e-6)
+    for name, reference in zip(names, slow):
+        gradient = getattr(crosscoder, name).grad.double()
+        assert (gradient - reference.grad).norm() / reference.grad.norm() < 1e-5, name
+    assert 0 < losses.fired.sum() < 6 * 7 and losses.fired.sum() / 6 == losses.l0_loss
+
+
+def test_bf16_gradients_are_close_to_fp32(crosscoder):
+    x = torch.randn(64, 3, 5, generator=torch.Generator().manual_seed(2))
+    gradients = {}
+    for crosscoder.dtype in (torch.float32, torch.bfloat16):
+        losses = crosscoder.get_losses(x)
+        gradients[crosscoder.dtype] = torch.autograd.grad(losses.l2_loss + losses.l1_loss, crosscoder.parameters())
+    for half, full in zip(gradients[torch.bfloat16], gradients[torch.float32]):
+        assert half.dtype == torch.float32 and 0 < (half - full).norm() / full.norm() < 2e-2
+
+
+def test_initialisation_is_transposed_has_the_norm_at_each_source_and_leaves_the_global_seed_alone():
+    state = torch.get_rng_state()
+    first, again, other = (crosscoder_for(3, 16, 50, dec_init_norm=0.08, seed=seed) for seed in (1, 1, 2))
+    assert torch.equal(state, torch.get_rng_state())
+    assert torch.allclose(first.W_dec.norm(dim=-1), torch.tensor(0.08))
+    assert torch.equal(first.W_enc, first.W_dec.permute(1, 2, 0))
+    assert not first.b_enc.any() and not first.b_dec.any()
+    assert torch.equal(first.W_dec, again.W_dec) and not torch.equal(first.W_dec, other.W_dec)
+
+
+def test_it_takes_raw_activations_and_gives_raw_reconstructions(crosscoder):
+    """Scaling a source and its norm_factor together scales its reconstruction and changes nothing else."""
+    x = torch.randn(4, 3, 5, generator=torch.Generator().manual_seed(2))
+    scale = torch.tensor([10.0, 0.1, 7.0])
+    acts, x_hat, losses = crosscoder.encode(x), crosscoder(x), crosscoder.get_losses(x)
+    crosscoder.norm_factor *= scale
+    x_scaled = x * scale[:, None]
+    assert torch.allclose(crosscoder.encode(x_scaled), acts, atol=1e-5)
+    assert torch.allclose(crosscoder(x_scaled), x_hat * scale[:, None], rtol=1e-4)
+    assert crosscoder.get_losses(x_scaled).l2_loss.item() == pytest.approx(losses.l2_loss.item(), rel=1e-5)
+
+
+def test_fold_gives_plain_weights(crosscoder):
+    x = torch.randn(4, 3, 5, generator=torch.Generator().manual_seed(2))
+    w = crosscoder.fold()
+    acts = torch.relu(torch.einsum("bld,lds->bs", x, w["W_enc"]) + w["b_enc"])
+    assert torch.allclose(acts, crosscoder.encode(x), atol=1e-5)
+    assert torch.allclose(torch.einsum("bs,sld->bld", acts, w["W_dec"]) + w["b_dec"], crosscoder(x), atol=1e-4)
+
+
+def test_a_checkpoint_gives_the_same_outputs_and_cfg(crosscoder, tmp_path):
+    x = torch.randn(4, 3, 5)
+    crosscoder.save(tmp_path / "run" / "step_0000001")
+    assert sorted(p.name for p in (tmp_path / "run" / "step_0000001").iterdir()) == ["cfg.json", "crosscoder.safetensors"]
+    loaded = CrossCoder.load(tmp_path / "run" / "step_0000001")
+    assert torch.equal(loaded(x), crosscoder(x)) and loaded.cfg == crosscoder.cfg
+    with torch.no_grad():
+        crosscoder.b_enc += 1
+    crosscoder.save(tmp_path / "run" / "step_0000020")
+    assert torch.equal(CrossCoder.load(tmp_path / "run").b_enc, crosscoder.b_enc)  # a run's folder: its newest
+    crosscoder.save(tmp_path / "run" / "step_0000020")  # again in the same place
+    assert len(list((tmp_path / "run").iterdir())) == 2
+
+
+def test_a_save_that_fails_leaves_the_old_checkpoint_and_nothing_else(crosscoder, tmp_path):
+    crosscoder.save(tmp_path / "good")
+    before = (tmp_path / "good" / "crosscoder.safetensors").read_bytes()
+    crosscoder.cfg = {**crosscoder.cfg, "seed": object()}  # json cannot write this
+    with pytest.raises(TypeError):
+        crosscoder.save(tmp_path / "good")
+    assert [p.name for p in tmp_path.iterdir()] == ["good"]
+    assert (tmp_path / "good" / "crosscoder.safetensors").read_bytes() == before
+
+
+def test_what_is_no_whole_checkpoint_is_refused(crosscoder, tmp_path):
+    crosscoder.save(tmp_path / "good")
+    for name in ("truncated", "no_cfg", "wrong_shape", "foreign", "bad_json"):
+        shutil.copytree(tmp_path / "good", tmp_path / name)
+    weights = tmp_path / "truncated" / "crosscoder.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-10])
+    (tmp_path / "no_cfg" / "cfg.json").unlink()
+    (tmp_path / "bad_json" / "cfg.json").write_text("{")
+    state = {name: tensor.clone() for name, tensor in crosscoder.state_dict().items()}
+    safetensors.torch.save_file({**state, "W_dec": torch.zeros(2, 2)}, tmp_path / "wrong_shape" / "crosscoder.safetensors")
+    safetensors.torch.save_file({"weight": torch.zeros(2)}, tmp_path / "foreign" / "crosscoder.safetensors")
+    for name in ("truncated", "no_cfg", "wrong_shape", "foreign", "bad_json", "missing"):
+        with pytest.raises(ValueError, match="crosscoder.safetensors and cfg.json") as error:
+            CrossCoder.load(tmp_path / name)
+        assert name in str(error.value) and "\n" not in str(error.value)
+
+
+def test_loading_takes_the_shape_from_the_weights_and_survives_keys_of_another_version(crosscoder, tmp_path):
+    crosscoder.save(tmp_path / "cc")
+    cfg = json.loads((tmp_path / "cc" / "cfg.json").read_text())
+    (tmp_path / "cc" / "cfg.json").write_text(json.dumps({**cfg, "device": "cuda:7", "from_the_future": 1}))
+    assert CrossCoder.load(tmp_path / "cc").W_enc.shape == (3, 5, 7)
+
+
+def test_a_planted_dictionary_is_recovered():
+    """Sparse combinations of known directions, each present in some of the sources, are taken apart again."""
+    generator = torch.Generator().manual_seed(0)
+    n_true, n_layers, d_model = 64, 3, 32
+    truth = torch.randn(n_true, n_layers, d_model, generator=generator)
+    truth *= (torch.rand(n_true, n_layers, 1, generator=generator) < 0.7).float()
+    truth = truth[truth.flatten(1).any(1)]
+    truth /= truth.flatten(1).norm(dim=1)[:, None, None]
+    crosscoder = crosscoder_for(n_layers, d_model, 96, dec_init_norm=0.1)
+    optimizer = torch.optim.Adam(crosscoder.parameters(), lr=3e-3)
+    for _ in range(2000):
+        codes = torch.rand(256, len(truth), generator=generator) * 5
+        codes *= torch.rand(256, len(truth), generator=generator) < 0.05
+        losses = crosscoder.get_losses(torch.einsum("bt,tld->bld", codes, truth))
+        (losses.l2_loss + 0.3 * losses.l1_loss).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    found = torch.nn.functional.normalize(crosscoder.W_dec.detach().flatten(1), dim=1)
+    best = (truth.flatten(1) @ found.T).max(dim=1).values
+    assert best.mean() > 0.9

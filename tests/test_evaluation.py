@@ -1,0 +1,91 @@
+import pytest
+import torch
+
+from utils import TINY, CrossCoder, evaluate, get_ce, get_sources, get_stacked_resids, get_stats, load_models, make_cfg
+
+
+@pytest.fixture
+def held_out(tokens):
+    return tokens[-10:]
+
+
+@pytest.fixture
+def crosscoder(cfg, models, held_out):
+    """Untrained, but large enough to reconstruct something, and normalised."""
+    x = get_stacked_resids(models, held_out, cfg)
+    crosscoder = CrossCoder({**cfg, "dec_init_norm": 0.15}, *x.shape[2:])
+    crosscoder.norm_factor.copy_(x[:, 1:].norm(dim=-1).mean((0, 1)) / x.shape[-1] ** 0.5)
+    return crosscoder
+
+
+def test_fvu_l0_norm_ratio_and_frequencies_equal_their_definitions(crosscoder, models, held_out, cfg):
+    x = get_stacked_resids(models, held_out, cfg)[:, 1:].flatten(0, 1)
+    acts = crosscoder.encode(x)
+    x_hat = crosscoder.decode(acts).double()
+    x = x.double()
+    errors, variances = (x - x_hat).pow(2).sum((0, 2)), (x - x.mean(0)).pow(2).sum((0, 2))
+    weights = crosscoder.norm_factor.double() ** -2
+    stats = get_stats(crosscoder, models, held_out, cfg)
+    assert torch.allclose(stats["fvu"], errors / variances, rtol=1e-4)
+    assert stats["fvu_all"].item() == pytest.approx(((errors * weights).sum() / (variances * weights).sum()).item(), rel=1e-4)
+    assert torch.allclose(stats["norm_ratio"], x_hat.norm(dim=-1).mean(0) / x.norm(dim=-1).mean(0), rtol=1e-4)
+    assert torch.allclose(stats["freqs"], (acts > 0).double().mean(0))
+    assert stats["l0"].item() == pytest.approx((acts > 0).sum(-1).double().mean().item())
+    assert torch.allclose(stats["mean"], x.mean(0), atol=1e-5)
+
+
+def test_the_true_activations_spliced_in_leave_the_ce_as_it_is(models, held_out, cfg):
+    batch = held_out.long()
+    x = get_stacked_resids(models, batch, cfg)
+    sources, clean = get_sources(models, cfg), get_ce(models[0], batch)
+    assert clean == pytest.approx(models[0](batch, return_type="loss").item(), rel=1e-5)
+    for i, source in enumerate(sources):
+        assert get_ce(models[0], batch, [(source.hook, x[:, :, i])]) == pytest.approx(clean, rel=1e-6)
+        assert get_ce(models[0], batch, [(source.hook, torch.zeros_like(x[:, :, i]))]) > clean + 1
+    assert get_ce(models[0], batch, [(s.hook, x[:, :, i]) for i, s in enumerate(sources)]) == pytest.approx(clean, rel=1e-6)
+
+
+def test_position_0_keeps_its_own_activations(models, held_out, cfg):
+    batch = held_out.long()
+    x = get_stacked_resids(models, batch, cfg)[:, :, 1]
+    hook = get_sources(models, cfg)[1].hook
+    broken = x.clone()
+    broken[:, 0] = 1e4
+    assert get_ce(models[0], batch, [(hook, broken)]) == get_ce(models[0], batch, [(hook, x)])
+
+
+def identity(cfg, n_layers, d_model):
+    """A crosscoder that reconstructs exactly: a latent for each direction and its opposite."""
+    n = n_layers * d_model
+    crosscoder = CrossCoder({**cfg, "dict_size": 2 * n}, n_layers, d_model)
+    eye = torch.cat([torch.eye(n), -torch.eye(n)])
+    crosscoder.W_dec.data = eye.view(2 * n, n_layers, d_model)
+    crosscoder.W_enc.data = eye.T.reshape(n_layers, d_model, 2 * n)
+    return crosscoder
+
+
+@pytest.mark.parametrize("overrides", [
+    {}, {"center": True}, {"site": "z", "layers": "1,2"}, {"model_name": f"{TINY / 'base'},{TINY / 'tuned'}", "layers": "2"}])
+def test_a_perfect_reconstruction_costs_nothing_and_the_mean_costs_much(tokens, cfg, overrides):
+    cfg = make_cfg(**{**cfg, **overrides})
+    models = load_models(cfg)
+    n_layers, d_model = get_stacked_resids(models, tokens[:1], cfg).shape[2:]
+    metrics = evaluate(identity(cfg, n_layers, d_model), models, tokens[-10:], cfg)
+    assert metrics["fvu/all"] < 1e-6 and metrics["ce/clean"] > 1
+    names = [key.removeprefix("ce/delta_") for key in metrics if key.startswith("ce/delta_")]
+    assert len(names) == n_layers + 1
+    for name in names:
+        assert abs(metrics[f"ce/delta_{name}"]) < 1e-4
+        assert metrics[f"ce/ablated_{name}"] > 0.01
+        assert name == "all" or metrics[f"norm_ratio/{name}"] == pytest.approx(1, abs=1e-4)
+
+
+def test_ce_is_each_models_own(tokens, cfg):
+    cfg = make_cfg(**{**cfg, "model_name": f"{TINY / 'base'},{TINY / 'tuned'}", "layers": "2"})
+    models = load_models(cfg)
+    crosscoder = identity(cfg, 2, 128)
+    crosscoder.W_dec.data[:, 1] = 0  # nothing is written to the second model
+    metrics = evaluate(crosscoder, models, tokens[-10:], cfg)
+    assert abs(metrics["ce/delta_base:resid_post.2"]) < 1e-4 < 0.1 < metrics["ce/delta_tuned:resid_post.2"]
+    assert metrics["fvu/base:resid_post.2"] < 1e-6 and metrics["fvu/tuned:resid_post.2"] >= 1
+    assert metrics["ce/delta_all"] == pytest.approx(metrics["ce/delta_tuned:resid_post.2"] / 2, abs=1e-4)

@@ -1,0 +1,649 @@
+"""Sparse crosscoders: dictionaries whose latents read from and write to several places of language models.
+
+In reading order: config, tokens, activations, crosscoder, buffer, evaluation, trainer. The n_layers axis is a
+list of sources, each one (model, hook point): all layers of GPT-2 Small, or one layer of base and of chat.
+
+[O24] Anthropic, Sparse Crosscoders for Cross-Layer Features and Model Diffing, October 2024.
+[A24] Anthropic, Circuits Updates, April 2024: how dictionaries are initialised and trained.
+[N24] Nanda, the published GPT-2 Small acausal crosscoders, 2024: github.com/neelnanda-io/Crosscoders.
+"""
+import difflib
+import itertools
+import json
+import math
+import shutil
+import sys
+import tempfile
+import time
+from collections import namedtuple
+from contextlib import contextmanager, suppress
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Iterator, NamedTuple
+
+import datasets.fingerprint
+import einops
+import numpy as np
+import safetensors.torch
+import torch
+import torch.nn.functional as F
+import tqdm
+import wandb
+from huggingface_hub.constants import HF_HOME
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from transformer_lens.model_bridge import TransformerBridge
+from transformer_lens.utilities import get_act_name
+
+# ---- Config ----------------------------------------------------------------------------------------------
+default_cfg = {
+    # the run
+    "preset": "gpt2-small",  # a name in PRESETS, whose values stand in for these defaults
+    "seed": 51,  # of the initial weights and of the shuffling
+    "device": "auto",  # cuda, cuda:1, mps or cpu; auto takes the first there is
+    "save_dir": "checkpoints",  # folder in which each run makes its own, version_N
+    "save_every": 100_000,  # steps between checkpoints; one is always written at the end
+    "log_every": 100,  # steps between logged metrics
+    "eval_every": 10_000,  # steps between evaluations on the held-out sequences
+    "eval_seqs": 64,  # sequences at the end of the tokens that are held out from training
+    "dead_after": 10_000_000,  # tokens without firing after which a latent counts as dead
+    "wandb_mode": "online",  # online, offline or disabled
+    # the sources: n_layers = models x layers
+    "model_name": "gpt2",  # hub name or local folder; several with commas between
+    "layers": "all",  # all, or layer numbers such as 0,3,6
+    "site": "resid_post",  # TransformerLens activation name: resid_mid, mlp_out, attn_out, post, z, ...
+    "center": False,  # remove the mean over d_model as [N24] did; for models with LayerNorm only
+    "norm": "estimate",  # of norm_factor: on the first buffer; or published: GPT-2's of [N24]
+    "model_batch_size": 32,  # sequences in one forward pass of the models
+    # the text
+    "tokens": "",  # .npy or .pt file of token ids [n_seqs, seq_len], used instead of dataset
+    "dataset": "Skylion007/openwebtext@refs/convert/parquet",  # hub name@revision, or local folder of text
+    "seq_len": 1024,  # tokens in a sequence, the first of them BOS
+    # the crosscoder and its training, as published [N24]
+    "num_tokens": 1_070_000_000,  # tokens to train on: one row of activations each
+    "batch_size": 2048,  # rows in a step
+    "buffer_mult": 512,  # batches that the shuffled buffer holds
+    "buffer_device": "auto",  # where the buffer is kept; auto is the device
+    "dict_size": 2**14,  # latents
+    "enc_dtype": "auto",  # compute type, fp32 or bf16; auto is bf16 where that is fast. Weights are fp32
+    "dec_init_norm": 0.005,  # initial norm of each latent's decoder vector at each source
+    "l1_coeff": 2.0,  # sparsity penalty after its warm-up
+    "lr": 2e-5,  # learning rate of Adam after its warm-up
+    "beta1": 0.9,  # of Adam
+    "beta2": 0.999,  # of Adam
+}
+TINY = Path(__file__).parent / "tests" / "tiny"
+PRESETS = {
+    "gpt2-small": {},
+    "tiny": {  # a 4-layer model of the King James Bible: the whole main job on a laptop, without a hub
+        "model_name": str(TINY / "base"), "tokens": str(TINY / "kjv.npy"), "seq_len": 128, "batch_size": 512,
+        "num_tokens": 1_000_000, "buffer_mult": 128, "model_batch_size": 64, "dict_size": 2048, "lr": 1e-3,
+        "dec_init_norm": 0.05, "dead_after": 100_000, "log_every": 20, "eval_every": 500,
+        "wandb_mode": "disabled",
+    },
+}
+NO_HUB = "where there is no hub give a local folder, or preset=tiny"
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+CHOICES = {"preset": tuple(PRESETS), "enc_dtype": ("auto", *DTYPES), "norm": ("estimate", "published"),
+           "wandb_mode": ("online", "offline", "disabled")}
+LEAST = {"seed": 0, "l1_coeff": 0, "seq_len": 2, "buffer_mult": 2}  # all others must be above zero
+PUBLISHED_NORMS = (  # E||x|| / sqrt(768) at GPT-2 Small's resid_post without position 0, centred [N24]
+    1.8281, 2.0781, 2.2031, 2.4062, 2.5781, 2.8281, 3.1562, 3.6875, 4.3125, 5.4062, 7.875, 16.5)
+
+
+def bad(key: str, value, remedy: str) -> ValueError:
+    """The error for a user's mistake: the key, its value, and what would be right."""
+    return ValueError(f"{key}={value!r}: {remedy}")
+
+
+def make_cfg(**overrides) -> dict:
+    """The config: default_cfg, then the preset's values, then overrides. Read-only afterwards.
+    Values may be text, as on the command line; 1e8 is a whole number too. Every "auto" is filled in.
+    Raises ValueError naming the key, the value and what would be right."""
+    for key in overrides:
+        if key not in default_cfg:
+            near = difflib.get_close_matches(key, default_cfg, n=1)
+            raise ValueError(f"{key}: no such key, " + (f"did you mean {near[0]}?" if near else "see --help"))
+    preset = _convert("preset", overrides.get("preset", default_cfg["preset"]))
+    chosen = {**default_cfg, **PRESETS[preset], **overrides}
+    cfg = {key: _convert(key, value) for key, value in chosen.items()}
+    _fill_and_check(cfg)
+    return cfg
+
+
+def _convert(key: str, value):
+    """value as the kind of thing that the key's default is; ValueError where it cannot be."""
+    kind = type(default_cfg[key])
+    text = ",".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
+    if kind is str:
+        text = text.replace(", ", ",") if key in ("model_name", "layers") else text
+        if text not in CHOICES.get(key, (text,)):
+            raise bad(key, value, f"give one of {', '.join(CHOICES[key])}")
+        return text
+    if kind is bool:
+        if text.lower() not in ("true", "false"):
+            raise bad(key, value, "give true or false")
+        return text.lower() == "true"
+    below = 1 if key in ("beta1", "beta2") else math.inf
+    with suppress(ValueError, OverflowError):
+        number = kind(float(text))
+        if number == float(text) and LEAST.get(key, 1e-300) <= number < below:
+            return number
+    least = f"of at least {LEAST[key]}" if key in LEAST else f"above 0 and below {below}"
+    raise bad(key, value, f"give a {'whole ' * (kind is int)}number {least}, such as {default_cfg[key]}")
+
+
+def _fill_and_check(cfg: dict) -> None:
+    """Fills in every "auto"; ValueError for what does not go together, or with this machine."""
+    best = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    for key in ("device", "buffer_device"):
+        if cfg[key] == "auto":
+            cfg[key] = best if key == "device" else cfg["device"]
+        try:
+            torch.empty(1, device=cfg[key])
+        except (RuntimeError, AssertionError):
+            raise bad(key, cfg[key], f"not on this machine; give auto, or {best}") from None
+    cuda, cpu = cfg["device"].startswith("cuda"), getattr(torch.cpu, "get_capabilities", dict)()
+    fast_bf16 = torch.cuda.is_bf16_supported(including_emulation=False) if cuda else (
+        cfg["device"] == "cpu" and (cpu.get("avx512_bf16") or cpu.get("amx_bf16")))
+    if cfg["enc_dtype"] == "auto":
+        cfg["enc_dtype"] = "bf16" if fast_bf16 else "fp32"
+    if cfg["enc_dtype"] == "bf16" and cuda and not fast_bf16:
+        raise bad("enc_dtype", "bf16", "this GPU has no bf16 arithmetic; give fp32")
+    if cfg["layers"] != "all" and not all(layer.isdigit() for layer in cfg["layers"].split(",")):
+        raise bad("layers", cfg["layers"], "give all, or layer numbers such as 0,3,6")
+    if cfg["num_tokens"] < cfg["batch_size"]:
+        raise bad("num_tokens", cfg["num_tokens"], f"less than one batch_size={cfg['batch_size']}")
+    for key, value in (("model_name", "gpt2"), ("site", "resid_post"), ("center", True)):
+        if cfg["norm"] == "published" and cfg[key] != value:
+            raise bad("norm", "published", f"made for {key}={value}; give that, or norm=estimate")
+    folder = next(parent for parent in Path(cfg["save_dir"], "version").absolute().parents if parent.exists())
+    try:
+        tempfile.TemporaryFile(dir=folder).close()  # only writing tells
+    except OSError as error:
+        raise bad("save_dir", cfg["save_dir"], f"cannot write in {folder} ({error.strerror})") from None
+
+
+# ---- Tokens ----------------------------------------------------------------------------------------------
+def load_tokens(cfg: dict, tokenizer) -> Int[Tensor, "n_seqs seq_len"]:
+    """The text as token ids, memory-mapped: the file cfg["tokens"], or cfg["dataset"] by way of a cache file.
+
+    Raises ValueError where there is nothing that the models can be run on."""
+    path = Path(cfg["tokens"] or _tokenise(cfg, tokenizer))
+    try:
+        if path.suffix == ".pt":
+            tokens = torch.load(path, mmap=True, weights_only=True, map_location="cpu")
+        else:
+            tokens = torch.from_numpy(np.load(path, mmap_mode="c"))
+        if tokens.ndim != 2 or tokens.numel() == 0 or tokens.is_floating_point():
+            raise ValueError(f"it holds {tokens.dtype} {list(tokens.shape)}")
+        smallest, largest = tokens.numpy().min(), tokens.numpy().max()
+    except Exception as error:
+        raise bad("tokens", str(path), f"no ids [n_seqs, seq_len] in .npy or .pt: {error!r:.200}") from None
+    if tokens.shape[1] != cfg["seq_len"]:
+        raise bad("tokens", str(path), f"has rows of {tokens.shape[1]} tokens; set seq_len={tokens.shape[1]}")
+    if smallest < 0 or largest >= len(tokenizer):
+        raise bad("tokens", str(path), f"ids {smallest} to {largest} are not all in the vocabulary of "
+                  f"{len(tokenizer)}; tokenise the text with the tokenizer of {cfg['model_name']}")
+    return tokens
+
+
+def _tokenise(cfg: dict, tokenizer) -> Path:
+    """Tokenises as much of the dataset as the run needs, unless that was done before. -> the cache file
+    A row is BOS and then a piece of the documents laid end to end, EOS after each."""
+    (name, _, revision), width = cfg["dataset"].partition("@"), cfg["seq_len"] - 1
+    n_seqs = math.ceil(cfg["num_tokens"] / width) + cfg["eval_seqs"]
+    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+    bos, eos = (eos if bos is None else bos), (bos if eos is None else eos)
+    files = sorted((str(file), file.stat().st_mtime_ns) for file in Path(name).glob("**/*"))  # none on a hub
+    whole_files = {"sample_by": "document"} if any(file.endswith(".txt") for file, _ in files) else {}
+    identity = [name, revision, files, width, n_seqs, bos, tokenizer.get_vocab()]
+    cache = Path(HF_HOME, "crosscoder_tokens", datasets.fingerprint.Hasher.hash(identity) + ".npy")
+    if cache.exists():
+        return cache
+    rows, rest = [], np.empty(0, np.uint32)
+    try:
+        texts = (row["text"] for row in datasets.load_dataset(
+            name, revision=revision or None, split="train", streaming=True, **whole_files))
+        with tqdm.tqdm(total=n_seqs * width, unit="tok", unit_scale=True, desc="tokenising") as bar:
+            while bar.n < bar.total and (batch := list(itertools.islice(texts, 256))):
+                ids = tokenizer(batch, add_special_tokens=False, verbose=False)["input_ids"]
+                rest = np.concatenate([rest, *(np.array([*i, eos], np.uint32) for i in ids)])
+                whole = rest[: len(rest) // width * width].reshape(-1, width)[: n_seqs - bar.n // width]
+                rows.append(whole.astype(np.uint16 if len(tokenizer) <= 2**16 else np.int32))
+                rest = rest[whole.size :]
+                bar.update(whole.size)
+        if not bar.n:
+            raise ValueError(f"less text than one sequence of seq_len={cfg['seq_len']}")
+    except Exception as error:
+        raise bad("dataset", cfg["dataset"], f"cannot be tokenised ({error!r:.200}); {NO_HUB}") from None
+    with atomically(cache) as temporary:
+        np.save(temporary, np.pad(np.concatenate(rows), ((0, 0), (1, 0)), constant_values=bos))
+    return cache
+
+
+@contextmanager
+def atomically(path: Path) -> Iterator[Path]:
+    """A temporary path to write a file or a folder at; it becomes `path` only once it is whole."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
+        yield Path(folder) / path.name
+        if path.is_dir():  # a folder cannot be renamed onto another
+            shutil.rmtree(path)
+        (Path(folder) / path.name).replace(path)
+
+
+# ---- Activations -----------------------------------------------------------------------------------------
+Source = namedtuple("Source", "model layer hook")  # which of the models, which layer, the hook point's name
+
+
+def load_models(cfg: dict) -> list[TransformerBridge]:
+    """Opens the models of cfg["model_name"], each once, in the compute type.
+
+    Raises ValueError where one cannot be opened, its context is too short, a layer or site does not exist, or
+    the models' tokenizers or the sources' widths differ."""
+    names, opened = cfg["model_name"].split(","), {}
+    for name in set(names):
+        try:
+            opened[name] = TransformerBridge.boot_transformers(
+                name, device=cfg["device"], dtype=DTYPES[cfg["enc_dtype"]])
+        except Exception as error:
+            raise bad("model_name", name, f"cannot be opened ({error!r:.200}); {NO_HUB}") from None
+    models = [opened[name] for name in names]
+    for name, model in zip(names, models):
+        if cfg["seq_len"] > (model.cfg.n_ctx or math.inf):
+            raise bad("seq_len", cfg["seq_len"], f"the context of {name} is {model.cfg.n_ctx}")
+        if cfg["center"] and model.cfg.normalization_type != "LN":
+            raise bad("center", True, f"{name} has no LayerNorm: its mean over d_model matters; give false")
+        if differ := sorted(model.tokenizer.get_vocab().items() ^ models[0].tokenizer.get_vocab().items()):
+            raise bad("model_name", cfg["model_name"], "models must share a tokenizer; those of "
+                      f"{names[0]} and {name} differ in {len(differ)} entries, first {differ[0][0]!r}")
+    get_stacked_resids(models, torch.zeros(1, 2), cfg)  # raises where the sources do not fit together
+    return models
+
+
+def get_sources(models: list, cfg: dict) -> list[Source]:
+    """The sources along the n_layers axis: model by model, layer by layer. ValueError for one not there."""
+    sources = []
+    for m, model in enumerate(models):
+        every = range(model.cfg.n_layers)
+        for layer in every if cfg["layers"] == "all" else map(int, cfg["layers"].split(",")):
+            hook = get_act_name(cfg["site"], layer)
+            if layer not in every:
+                raise bad("layers", cfg["layers"], f"the layers are {every[0]} to {every[-1]}")
+            if hook not in model.hook_dict:
+                raise bad("site", cfg["site"], f"no {hook} here; give resid_post, mlp_out, post, z, ...")
+            sources.append(Source(m, layer, hook))
+    return sources
+
+
+def source_names(cfg: dict, n_layers: int) -> list[str]:
+    """A short name for each source, such as resid_post.3 or chat:resid_post.3; needs no model."""
+    models = [Path(name).name for name in cfg["model_name"].split(",")]
+    layers = range(n_layers // len(models)) if cfg["layers"] == "all" else cfg["layers"].split(",")
+    numbers = [f"{m}_" * (models.count(model) > 1) for m, model in enumerate(models)]
+    return [f"{number}{model}:" * (len(models) > 1) + f"{cfg['site']}.{layer}"
+            for number, model in zip(numbers, models) for layer in layers]
+
+
+class _Harvested(Exception):
+    """Ends a forward pass once its last source has been seen."""
+
+
+@torch.no_grad()
+def get_stacked_resids(models: list, tokens: Int[Tensor, "batch pos"], cfg: dict) -> Float[
+        Tensor, "batch pos n_layers d_model"]:
+    """Runs the models on tokens and stacks the activations of all sources, position 0 included.
+    Sites with heads are flattened. Nothing above a model's last source is computed, so no logits either."""
+    sources, tokens, found = get_sources(models, cfg), tokens.to(cfg["device"]).long(), {}
+    for m, model in enumerate(models):
+        mine = {i: source.hook for i, source in enumerate(sources) if source.model == m}
+
+        def keep(act, hook, i):
+            found[i] = act.flatten(2)
+            if mine.keys() <= found.keys():
+                raise _Harvested
+
+        try:
+            model.run_with_hooks(tokens, return_type=None,
+                                 fwd_hooks=[(hook, partial(keep, i=i)) for i, hook in mine.items()])
+        except _Harvested:
+            pass
+    names = source_names(cfg, len(sources))
+    shapes = {name: found.get(i, torch.empty(0)).shape for i, name in enumerate(names)}
+    if any(shape[:2] != tokens.shape for shape in shapes.values()):
+        raise bad("site", cfg["site"], f"does not give [batch, pos, ...] in this model, but {shapes}")
+    if len(set(shapes.values())) > 1:
+        raise bad("model_name", cfg["model_name"], f"all sources must share d_model, but have {shapes}")
+    resids = torch.stack([found[i] for i in range(len(sources))], dim=2)
+    return resids - resids.mean(-1, keepdim=True) if cfg["center"] else resids
+
+
+# ---- CrossCoder ------------------------------------------------------------------------------------------
+class LossOutput(NamedTuple):
+    """Losses of a batch, in the normalised space; l2_loss + l1_coeff * l1_loss is what training minimises."""
+    l2_loss: Float[Tensor, ""]  # squared error, summed over sources and d_model, mean over the batch
+    l1_loss: Float[Tensor, ""]  # sum_i acts_i sum_l ||W_dec_i^l||, mean over the batch [O24]
+    l0_loss: Float[Tensor, ""]  # active latents, mean over the batch
+    fvu: Float[Tensor, ""]  # squared error / squared distance from the batch's mean, over all sources
+    fired: Int[Tensor, "d_sae"]  # rows of the batch in which each latent is active
+
+
+class CrossCoder(nn.Module):
+    """A sparse crosscoder. Takes raw activations and gives raw reconstructions, always.
+    W_enc [n_layers, d_model, d_sae], W_dec [d_sae, n_layers, d_model], b_enc [d_sae] and b_dec [n_layers,
+    d_model], in fp32, are for the normalised space, where source l is divided by norm_factor[l]. The matrix
+    products are computed in cfg["enc_dtype"]."""
+
+    def __init__(self, cfg: dict, n_layers: int, d_model: int):
+        super().__init__()
+        self.cfg, self.dtype = cfg, DTYPES[cfg["enc_dtype"]]
+        generator = torch.Generator().manual_seed(cfg["seed"])
+        W_dec = torch.randn(cfg["dict_size"], n_layers, d_model, generator=generator)
+        # unlike [A24]: as in [N24] each source's vector has the given norm, not all of them laid end to end
+        W_dec *= cfg["dec_init_norm"] / W_dec.norm(dim=-1, keepdim=True)
+        W_enc = einops.rearrange(W_dec, "d_sae n_layers d_model -> n_layers d_model d_sae").contiguous()
+        self.W_enc, self.W_dec = nn.Parameter(W_enc), nn.Parameter(W_dec)
+        self.b_enc = nn.Parameter(torch.zeros(cfg["dict_size"]))
+        self.b_dec = nn.Parameter(torch.zeros(n_layers, d_model))
+        self.register_buffer("norm_factor", torch.ones(n_layers))
+        self.to(cfg["device"])
+
+    def _autocast(self) -> torch.autocast:
+        return torch.autocast(self.W_enc.device.type, self.dtype, enabled=self.dtype != torch.float32)
+
+    def encode(self, x: Float[Tensor, "... n_layers d_model"]) -> Float[Tensor, "... d_sae"]:
+        """Raw activations to latent activations, in the compute type."""
+        x = (x / self.norm_factor[:, None]).flatten(-2)
+        with self._autocast():
+            W_enc = einops.rearrange(self.W_enc, "n_layers d_model d_sae -> d_sae (n_layers d_model)")
+            return F.relu(F.linear(x, W_enc, self.b_enc))
+
+    def decode(self, acts: Float[Tensor, "... d_sae"]) -> Float[Tensor, "... n_layers d_model"]:
+        """Latent activations to raw reconstructions, in fp32."""
+        with self._autocast():
+            W_dec = einops.rearrange(self.W_dec, "d_sae n_layers d_model -> (n_layers d_model) d_sae")
+            x_hat = F.linear(acts, W_dec, self.b_dec.flatten())
+        return x_hat.unflatten(-1, self.b_dec.shape) * self.norm_factor[:, None]
+
+    def forward(self, x: Float[Tensor, "... n_layers d_model"]) -> Float[Tensor, "... n_layers d_model"]:
+        """Raw activations to raw reconstructions."""
+        return self.decode(self.encode(x))
+
+    def get_losses(self, x: Float[Tensor, "batch n_layers d_model"]) -> LossOutput:
+        """The losses on a batch of raw activations [O24]."""
+        x = x.float()
+        acts = self.encode(x)
+        l2_loss = ((self.decode(acts) - x) / self.norm_factor[:, None]).pow(2).sum() / len(x)
+        total_decoder_norm = einops.reduce(self.W_dec.norm(dim=-1), "d_sae n_layers -> d_sae", "sum")
+        l1_loss = (acts.sum(0, dtype=torch.float32) * total_decoder_norm).sum() / len(x)
+        with torch.no_grad():
+            fired = (acts > 0).sum(0)
+            variance = ((x - x.mean(0)) / self.norm_factor[:, None]).pow(2).sum() / len(x)
+        return LossOutput(l2_loss, l1_loss, fired.sum() / len(x), l2_loss.detach() / variance, fired)
+
+    @torch.no_grad()
+    def fold(self) -> dict[str, Tensor]:
+        """Plain weights for raw activations: acts = relu(x . W_enc + b_enc), x_hat = acts . W_dec + b_dec."""
+        factor = self.norm_factor[:, None]  # [n_layers, 1]
+        return {"W_enc": self.W_enc / factor[..., None], "W_dec": self.W_dec * factor,
+                "b_enc": self.b_enc.clone(), "b_dec": self.b_dec * factor}
+
+    def save(self, path: str | Path) -> None:
+        """Writes the checkpoint folder `path`, crosscoder.safetensors and cfg.json, whole or not at all."""
+        with atomically(Path(path)) as folder:
+            folder.mkdir()
+            safetensors.torch.save_file(self.state_dict(), folder / "crosscoder.safetensors")
+            (folder / "cfg.json").write_text(json.dumps(self.cfg, indent=2) + "\n")
+
+    @classmethod
+    def load(cls, path: str | Path, device: str = "cpu") -> "CrossCoder":
+        """Opens a checkpoint folder, or the newest in a run's folder; needs no language model and no network.
+        Raises ValueError where there is none, or it is damaged or something else."""
+        folder = max(Path(path).glob("step_*"), default=Path(path))
+        try:
+            cfg = json.loads((folder / "cfg.json").read_text())
+            weights = safetensors.torch.load_file(folder / "crosscoder.safetensors")
+            n_layers, d_model, dict_size = weights["W_enc"].shape
+            crosscoder = cls({**cfg, "dict_size": dict_size, "device": device}, n_layers, d_model)
+            crosscoder.load_state_dict(weights)
+        except Exception as error:
+            raise bad("path", str(path), f"no crosscoder.safetensors and cfg.json: {error!r:.200}") from None
+        return crosscoder
+
+
+# ---- Buffer ----------------------------------------------------------------------------------------------
+class Buffer:
+    """The shuffled activation buffer: runs the models over all_tokens and serves activations in random order.
+    It holds batch_size * buffer_mult rows, each the activations at one (sequence, position), position 0 left
+    out. When half are served, exactly those slots are filled with the rows that come next. Rows are numbered
+    through all epochs: row r of an epoch is position 1 + r % (seq_len - 1) of sequence r // (seq_len - 1).
+    What is shuffled is slot numbers, never rows. Raises ValueError where all_tokens do not fill it once."""
+    def __init__(self, cfg: dict, models: list, all_tokens: Int[Tensor, "n_seqs seq_len"]):
+        self.cfg, self.models, self.all_tokens = cfg, models, all_tokens
+        self.positions = all_tokens.shape[1] - 1  # rows in a sequence
+        self.rows_per_epoch = len(all_tokens) * self.positions
+        self.size = cfg["batch_size"] * cfg["buffer_mult"]
+        if self.rows_per_epoch < self.size:
+            raise bad("buffer_mult", cfg["buffer_mult"], f"{self.size:,} rows in the buffer, but only "
+                      f"{self.rows_per_epoch:,} in the text; lower it, or give more text")
+        n_layers, d_model = get_stacked_resids(models, all_tokens[:1, :2], cfg).shape[2:]
+        self.buffer = torch.empty(
+            self.size, n_layers, d_model, dtype=DTYPES[cfg["enc_dtype"]], device=cfg["buffer_device"])
+        self.row_numbers = torch.zeros(self.size, dtype=torch.long)  # of the row in each slot
+        self.order = torch.arange(self.size)  # the slots, as they will be served
+        self.pointer = self.size  # how many of them are served: at first all are free
+        self.next_row = 0  # the first that is not yet harvested
+        self.rows_served = self.rows_replayed = 0  # replayed: served in an epoch after the first
+        self.generator = torch.Generator().manual_seed(cfg["seed"])
+        self.refresh()
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        """Fills the served slots with the next rows and shuffles the order of all."""
+        slots, end = self.order[: self.pointer], self.next_row + self.pointer
+        first_seq, end_seq = self.next_row // self.positions, math.ceil(end / self.positions)
+        starts, filled = range(first_seq, end_seq, self.cfg["model_batch_size"]), 0
+        for start in tqdm.tqdm(starts, desc="filling the buffer", leave=False, disable=self.next_row > 0):
+            seqs = torch.arange(start, min(start + starts.step, end_seq)) % len(self.all_tokens)
+            acts = get_stacked_resids(self.models, self.all_tokens[seqs], self.cfg)[:, 1:]
+            acts = einops.rearrange(acts, "batch pos n_layers d_model -> (batch pos) n_layers d_model")
+            done = max(self.next_row - start * self.positions, 0)  # a refill can end inside a sequence
+            acts = acts[done : end - start * self.positions]
+            self.buffer[slots[filled : filled + len(acts)].to(self.buffer.device)] = acts.to(self.buffer)
+            filled += len(acts)
+        assert filled == len(slots), f"refilled {filled} of {len(slots)} rows"
+        self.row_numbers[slots] = torch.arange(self.next_row, end)
+        self.order = torch.randperm(self.size, generator=self.generator)
+        self.next_row, self.pointer = end, 0
+
+    def next(self) -> Float[Tensor, "batch_size n_layers d_model"]:
+        """The next batch of raw activations, on cfg["device"], in the compute type."""
+        if self.pointer >= self.size / 2:
+            self.refresh()
+        slots = self.order[self.pointer : self.pointer + self.cfg["batch_size"]]
+        self.pointer += len(slots)
+        self.rows_served += len(slots)
+        self.rows_replayed += int((self.row_numbers[slots] >= self.rows_per_epoch).sum())
+        return self.buffer[slots.to(self.buffer.device)].to(self.cfg["device"])
+
+
+# ---- Evaluation ------------------------------------------------------------------------------------------
+@torch.no_grad()
+def get_stats(crosscoder: CrossCoder, models: list, tokens: Int[Tensor, "n_seqs seq_len"], cfg: dict) -> dict:
+    """How the crosscoder reconstructs and fires on tokens, position 0 left out. In float64 on the CPU:
+    fvu [n_layers]: sum ||x - x_hat||^2 / sum ||x - mean||^2, the mean being per dimension over these tokens
+    fvu_all: the same ratio over all sources, each as large as in the normalised space, as in the loss
+    norm_ratio [n_layers]: E||x_hat|| / E||x||, below 1 where there is shrinkage
+    mean [n_layers, d_model]: E x. l0: active latents a token. freqs [d_sae]: how often each is active"""
+    n, totals = 0, None
+    for batch in tokens.split(cfg["model_batch_size"]):
+        x = get_stacked_resids(models, batch, cfg)[:, 1:].flatten(0, 1).float()  # [rows, n_layers, d_model]
+        for rows in x.split(cfg["batch_size"]):
+            acts = crosscoder.encode(rows)
+            rows_hat = crosscoder.decode(acts)
+            sums = (rows.sum(0), rows.pow(2).sum((0, 2)), (rows - rows_hat).pow(2).sum((0, 2)),
+                    rows.norm(dim=-1).sum(0), rows_hat.norm(dim=-1).sum(0), (acts > 0).sum(0))
+            sums = [each.cpu().double() for each in sums]
+            totals = [total + each for total, each in zip(totals, sums)] if totals else sums
+            n += len(rows)
+    x_sum, squares, errors, norms, norms_hat, fires = totals
+    variances = squares - x_sum.pow(2).sum(-1) / n  # [n_layers]
+    weights = crosscoder.norm_factor.cpu().double().pow(-2)
+    return {"fvu": errors / variances, "fvu_all": (errors * weights).sum() / (variances * weights).sum(),
+            "norm_ratio": norms_hat / norms, "mean": x_sum / n, "l0": fires.sum() / n, "freqs": fires / n}
+
+
+@torch.no_grad()
+def get_ce(model, tokens: Int[Tensor, "batch pos"], splices: list[tuple[str, Tensor]] = []) -> float:
+    """Mean next-token cross-entropy in nats, each (hook name, activations [batch, pos, d_model]) of splices
+    standing in for the model's own activations. Position 0 keeps its own."""
+    def splice(act, hook, new):
+        return torch.cat([act[:, :1], new[:, 1:].to(act).reshape(act[:, 1:].shape)], dim=1)
+
+    logits = model.run_with_hooks(
+        tokens, return_type="logits", fwd_hooks=[(hook, partial(splice, new=new)) for hook, new in splices])
+    return F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), tokens[:, 1:].flatten()).item()
+
+
+@torch.no_grad()
+def evaluate(crosscoder: CrossCoder, models: list, tokens: Int[Tensor, "n_seqs seq_len"], cfg: dict) -> dict:
+    """get_stats and cross-entropies on tokens as a flat dict of floats, with a key a source. ce/clean: of the
+    models, in nats. ce/delta_*: what it rises by with the reconstruction in place of a source, or of all.
+    ce/ablated_*: with the mean. An acausal reconstruction has seen later layers, which can flatter it."""
+    stats, sources = get_stats(crosscoder, models, tokens, cfg), get_sources(models, cfg)
+    names = source_names(cfg, len(sources))
+    metrics = {"fvu/all": stats["fvu_all"].item(), "sparsity/l0": stats["l0"].item()}
+    for key in ("fvu", "norm_ratio"):
+        metrics |= {f"{key}/{name}": value for name, value in zip(names, stats[key].tolist())}
+    for batch in tokens.split(cfg["model_batch_size"]):
+        batch = batch.to(cfg["device"]).long()
+        x = get_stacked_resids(models, batch, cfg)
+        x_hat = torch.cat([crosscoder(rows) for rows in x.flatten(0, 1).split(cfg["batch_size"])]).view_as(x)
+        clean = [get_ce(model, batch) for model in models]
+        ces = {"ce/clean": np.mean(clean)}
+        for kind, new in (("delta", x_hat), ("ablated", stats["mean"].to(x).expand_as(x))):
+            splices: list[list] = [[] for _ in models]
+            for (m, _, hook), name, act in zip(sources, names, new.unbind(2)):
+                ces[f"ce/{kind}_{name}"] = get_ce(models[m], batch, [(hook, act)]) - clean[m]
+                splices[m].append((hook, act))
+            together = [get_ce(model, batch, splice) for model, splice in zip(models, splices)]
+            ces[f"ce/{kind}_all"] = np.mean(together) - np.mean(clean)
+        for key, ce in ces.items():
+            metrics[key] = metrics.get(key, 0.0) + float(ce) * len(batch) / len(tokens)
+    return metrics
+
+
+# ---- Trainer ---------------------------------------------------------------------------------------------
+class Trainer:
+    """Trains a crosscoder on models' activations over all_tokens, the last cfg["eval_seqs"] held out."""
+    def __init__(self, cfg: dict, models: list, all_tokens: Int[Tensor, "n_seqs seq_len"]):
+        self.cfg, self.models, self.eval_tokens = cfg, models, all_tokens[-cfg["eval_seqs"] :]
+        self.buffer = Buffer(cfg, models, all_tokens[: -cfg["eval_seqs"]])
+        self.crosscoder = CrossCoder(cfg, *self.buffer.buffer.shape[1:])
+        self.crosscoder.norm_factor.copy_(self.get_norm_factor())
+        self.optimizer = torch.optim.Adam(
+            self.crosscoder.parameters(), cfg["lr"], betas=(cfg["beta1"], cfg["beta2"]), fused=True)
+        self.total_steps = cfg["num_tokens"] // cfg["batch_size"]
+        self.step_counter = 0
+        self.tokens_since_fired = torch.zeros(cfg["dict_size"], dtype=torch.long, device=cfg["device"])
+        self.history: list[dict] = []  # all that was logged
+        self.wandb_failed = False
+
+    @torch.no_grad()
+    def get_norm_factor(self) -> Float[Tensor, "n_layers"]:
+        """E||x|| / sqrt(d_model) of each source, over the rows in the buffer; or the published ones."""
+        if self.cfg["norm"] == "published":
+            return torch.tensor([PUBLISHED_NORMS[s.layer] for s in get_sources(self.models, self.cfg)])
+        rows = self.buffer.buffer
+        norms = sum(some.float().norm(dim=-1).sum(0) for some in rows.split(self.cfg["batch_size"]))
+        return norms / (len(rows) * math.sqrt(rows.shape[-1]))
+
+    def get_lr(self) -> float:
+        """Up over the first 5% of the steps, then flat, then down to zero over the last 20% [A24]."""
+        done = self.step_counter / self.total_steps
+        return self.cfg["lr"] * min(1.0, (done + 1 / self.total_steps) / 0.05, (1 - done) / 0.2)
+
+    def get_l1_coeff(self) -> float:
+        """Up over the first 5% of the steps, then flat [A24]."""
+        return self.cfg["l1_coeff"] * min(1.0, self.step_counter / self.total_steps / 0.05)
+
+    def step(self) -> dict[str, float | Tensor]:
+        """One step on the next batch. Metrics stay tensors: it is reading them that waits for the device."""
+        self.optimizer.param_groups[0]["lr"] = lr = self.get_lr()
+        losses, l1_coeff = self.crosscoder.get_losses(self.buffer.next()), self.get_l1_coeff()
+        loss = losses.l2_loss + l1_coeff * losses.l1_loss
+        loss.backward()
+        grad_norm = nn.utils.clip_grad_norm_(self.crosscoder.parameters(), max_norm=1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.tokens_since_fired.add_(self.cfg["batch_size"]).masked_fill_(losses.fired > 0, 0)
+        self.step_counter += 1
+        return {"loss/total": loss.detach(), "loss/l2": losses.l2_loss.detach(),
+                "loss/l1": losses.l1_loss.detach(), "loss/l1_coeff": l1_coeff, "loss/lr": lr,
+                "loss/grad_norm": grad_norm, "fvu/batch": losses.fvu, "sparsity/l0_batch": losses.l0_loss,
+                "data/unique_tokens": self.buffer.rows_served - self.buffer.rows_replayed,
+                "data/rows_replayed": self.buffer.rows_replayed,
+                "data/epoch": self.buffer.next_row // self.buffer.rows_per_epoch}
+
+    def evaluate(self) -> dict[str, float]:
+        """evaluate() on the held-out sequences, and the share of latents that training has left dead."""
+        dead = (self.tokens_since_fired >= self.cfg["dead_after"]).float().mean().item()
+        return {**evaluate(self.crosscoder, self.models, self.eval_tokens, self.cfg), "sparsity/dead": dead}
+
+    @cached_property
+    def run_dir(self) -> Path:
+        """save_dir/version_N, made when first needed; N is the first number that no run has taken."""
+        for n in itertools.count():
+            with suppress(FileExistsError):
+                (folder := Path(self.cfg["save_dir"], f"version_{n}")).mkdir(parents=True)
+                return folder
+
+    def log(self, metrics: dict[str, float | Tensor]) -> None:
+        """Puts metrics into history, metrics.jsonl and wandb."""
+        row = {"step": self.step_counter, **{key: float(value) for key, value in metrics.items()}}
+        self.history.append(row)
+        with open(self.run_dir / "metrics.jsonl", "a") as file:
+            file.write(json.dumps(row) + "\n")
+        self._wandb("log", row, step=self.step_counter)
+
+    def _wandb(self, method: str, *args, **kwargs) -> None:
+        """Calls a function of wandb's, which must never stop a run: after a failure it goes on without."""
+        try:
+            if not self.wandb_failed:
+                getattr(wandb, method)(*args, **kwargs)
+        except Exception as error:
+            print(f"wandb failed ({error!r:.200}); the run goes on without it", file=sys.stderr)
+            self.wandb_failed = True
+
+    def save(self) -> Path:
+        """Writes this step's checkpoint folder, save_dir/version_N/step_NNNNNNN, and returns it."""
+        folder = self.run_dir / f"step_{self.step_counter:07d}"
+        self.crosscoder.save(folder)
+        return folder
+
+    def train(self) -> dict[str, float]:
+        """Trains to the end, logging, evaluating and saving on the way; returns the last evaluation.
+        Saves a checkpoint at the end, be it the last step, Ctrl-C or an error."""
+        cfg, clock = self.cfg, time.time()
+        self._wandb("init", project="crosscoders", dir=self.run_dir, config=cfg, mode=cfg["wandb_mode"])
+        bar = tqdm.trange(self.step_counter, self.total_steps, desc="training", unit="step")
+        try:
+            for _ in bar:
+                if self.step_counter % cfg["eval_every"] == 0:
+                    self.log(self.evaluate())
+                metrics = self.step()
+                if self.step_counter % cfg["log_every"] == 0:
+                    speed = cfg["log_every"] * cfg["batch_size"] / (time.time() - clock)
+                    clock = time.time()
+                    self.log({**metrics, "perf/tokens_per_s": speed})
+                    live = "loss {loss/total:.1f} FVU {fvu/batch:.3f} L0 {sparsity/l0_batch:.1f}"
+                    bar.set_postfix_str(f"{live.format_map(self.history[-1])} {speed:,.0f} tok/s")
+                if self.step_counter % cfg["save_every"] == 0:
+                    self.save()
+            self.log(final := self.evaluate())
+        finally:
+            bar.close()
+            print(f"saved {self.save()}", file=sys.stderr)
+            self._wandb("finish")
+        return final
