@@ -77,15 +77,15 @@ PRESETS = {
     "gpt2-small": {},
     "tiny": {  # a 4-layer model of the King James Bible: the whole main job on a laptop, without a hub
         "model_name": str(TINY / "base"), "tokens": str(TINY / "kjv.npy"), "seq_len": 128, "batch_size": 512,
-        "num_tokens": 1_000_000, "buffer_mult": 128, "model_batch_size": 64, "dict_size": 2048, "lr": 1e-3,
-        "dec_init_norm": 0.05, "dead_after": 100_000, "log_every": 20, "eval_every": 500,
+        "num_tokens": 10**6, "buffer_mult": 128, "model_batch_size": 64, "dict_size": 2048, "lr": 1e-3,
+        "dec_init_norm": 0.05, "dead_after": 10**5, "log_every": 20, "eval_every": 500,
         "wandb_mode": "disabled",
     },
 }
 NO_HUB = "where there is no hub give a local folder, or preset=tiny"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 CHOICES = {"preset": tuple(PRESETS), "enc_dtype": ("auto", *DTYPES), "norm": ("estimate", "published"),
-           "wandb_mode": ("online", "offline", "disabled")}
+           "wandb_mode": ("online", "offline", "disabled"), "center": ("true", "false")}
 LEAST = {"seed": 0, "l1_coeff": 0, "seq_len": 2, "buffer_mult": 2}  # all others must be above zero
 PUBLISHED_NORMS = (  # E||x|| / sqrt(768) at GPT-2 Small's resid_post without position 0, centred [N24]
     1.8281, 2.0781, 2.2031, 2.4062, 2.5781, 2.8281, 3.1562, 3.6875, 4.3125, 5.4062, 7.875, 16.5)
@@ -105,8 +105,7 @@ def make_cfg(**overrides) -> dict:
             near = difflib.get_close_matches(key, default_cfg, n=1)
             raise ValueError(f"{key}: no such key, " + (f"did you mean {near[0]}?" if near else "see --help"))
     preset = _convert("preset", overrides.get("preset", default_cfg["preset"]))
-    chosen = {**default_cfg, **PRESETS[preset], **overrides}
-    cfg = {key: _convert(key, value) for key, value in chosen.items()}
+    cfg = {k: _convert(k, v) for k, v in {**default_cfg, **PRESETS[preset], **overrides}.items()}
     _fill_and_check(cfg)
     return cfg
 
@@ -115,15 +114,12 @@ def _convert(key: str, value):
     """value as the kind of thing that the key's default is; ValueError where it cannot be."""
     kind = type(default_cfg[key])
     text = ",".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
-    if kind is str:
-        text = text.replace(", ", ",") if key in ("model_name", "layers") else text
-        if text not in CHOICES.get(key, (text,)):
+    if key in CHOICES:
+        if text.lower() not in CHOICES[key]:
             raise bad(key, value, f"give one of {', '.join(CHOICES[key])}")
-        return text
-    if kind is bool:
-        if text.lower() not in ("true", "false"):
-            raise bad(key, value, "give true or false")
-        return text.lower() == "true"
+        return text.lower() == "true" if kind is bool else text.lower()
+    if kind is str:
+        return text.replace(", ", ",") if key in ("model_name", "layers") else text
     below = 1 if key in ("beta1", "beta2") else math.inf
     with suppress(ValueError, OverflowError):
         number = kind(float(text))
@@ -331,9 +327,14 @@ class LossOutput(NamedTuple):
 
 class CrossCoder(nn.Module):
     """A sparse crosscoder. Takes raw activations and gives raw reconstructions, always.
-    W_enc [n_layers, d_model, d_sae], W_dec [d_sae, n_layers, d_model], b_enc [d_sae] and b_dec [n_layers,
-    d_model], in fp32, are for the normalised space, where source l is divided by norm_factor[l]. The matrix
+    The weights are fp32, for the normalised space, where source l is divided by norm_factor[l]. The matrix
     products are computed in cfg["enc_dtype"]."""
+
+    W_enc: Float[Tensor, "n_layers d_model d_sae"]
+    W_dec: Float[Tensor, "d_sae n_layers d_model"]
+    b_enc: Float[Tensor, "d_sae"]
+    b_dec: Float[Tensor, "n_layers d_model"]
+    norm_factor: Float[Tensor, "n_layers"]
 
     def __init__(self, cfg: dict, n_layers: int, d_model: int):
         super().__init__()

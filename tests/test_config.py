@@ -39,7 +39,7 @@ def test_every_auto_is_filled_in_and_the_default_is_the_published_recipe():
     (dict(lr="fast"), "number"),
     (dict(lr="nan"), "number"),
     (dict(num_tokens="inf"), "whole number"),
-    (dict(center="yes"), "true or false"),
+    (dict(center="yes"), "true, false"),
     (dict(batch_size=0), "above 0"),
     (dict(dict_size=-4), "above 0"),
     (dict(l1_coeff=-1), "at least 0"),

@@ -1,0 +1,184 @@
+"""Cells to copy into a notebook: looking at a trained crosscoder. Also runs from top to bottom: python scratch.py
+
+Every cell needs only the first one, and ends in a figure or a small table. In a script the figures go unseen: there
+write fig.write_html("fig.html"), or fig.write_image("fig.png") with the packages kaleido and a Chrome at hand.
+"""
+# %% Load a crosscoder, its models and its held-out text
+import math
+from functools import partial
+from pathlib import Path
+
+import einops
+import numpy as np
+import plotly.express as px
+import plotly.graph_objects as go
+import safetensors.torch
+import torch
+from plotly.subplots import make_subplots
+
+from utils import (
+    CrossCoder, evaluate, get_ce, get_sources, get_stacked_resids, get_stats, load_models, load_tokens, make_cfg,
+    source_names)
+
+torch.set_grad_enabled(False)
+CHECKPOINTS = sorted(Path("checkpoints").glob("version_*/step_*"), key=lambda path: path.stat().st_mtime)
+assert CHECKPOINTS, "no checkpoint here yet: python train.py --preset=tiny makes one in a minute"
+crosscoder = CrossCoder.load(CHECKPOINTS[-1])
+here = {"device": "auto", "buffer_device": "auto", "enc_dtype": "auto"}  # not the machine it was trained on
+cfg = make_cfg(**{**crosscoder.cfg, **here})
+crosscoder.to(cfg["device"])
+models = load_models(cfg)
+tokenizer = models[0].tokenizer
+held_out = load_tokens(cfg, tokenizer)[-cfg["eval_seqs"] :]
+sources = get_sources(models, cfg)
+names = source_names(cfg, len(sources))
+dec_norms = crosscoder.W_dec.norm(dim=-1).cpu()  # [d_sae, n_layers]
+print(f"{CHECKPOINTS[-1]}: {len(dec_norms):,} latents, {len(names)} sources of width {crosscoder.b_dec.shape[1]}")
+
+# %% Norms per source: how large the activations are, and what they are divided by
+x = get_stacked_resids(models, held_out[:16], cfg)[:, 1:].flatten(0, 1).float()  # [rows, n_layers, d_model]
+fig_norms = px.bar(
+    x=names, y=x.norm(dim=-1).mean(0).cpu(), labels={"x": "source", "y": "mean norm, position 0 left out"},
+    title="Activation norm per source").add_scatter(
+    x=names, y=crosscoder.norm_factor.cpu() * math.sqrt(x.shape[-1]), name="norm_factor x sqrt(d_model)")
+fig_norms
+
+# %% FVU per source
+stats = get_stats(crosscoder, models, held_out, cfg)
+fig_fvu = px.bar(x=names, y=stats["fvu"], labels={"x": "source", "y": "FVU"},
+                 title=f"FVU per source, {stats['fvu_all']:.3f} over all")
+fig_fvu
+
+# %% Cross-entropy per source: what the reconstruction costs, beside what the mean costs
+# Each source by itself. An acausal reconstruction has seen later layers, which can flatter it.
+metrics = evaluate(crosscoder, models, held_out, cfg)
+fig_ce = make_subplots(cols=2, subplot_titles=("reconstruction", "mean-ablated"))
+for column, kind in enumerate(("delta", "ablated"), start=1):
+    fig_ce.add_bar(x=names, y=[metrics[f"ce/{kind}_{name}"] for name in names], name=kind, row=1, col=column)
+fig_ce.update_layout(title=f"Rise of cross-entropy in nats, clean {metrics['ce/clean']:.3f}", showlegend=False)
+fig_ce
+
+# %% L0 and how often each latent fires
+stats = get_stats(crosscoder, models, held_out, cfg)
+alive = stats["freqs"] > 0
+fig_freqs = px.histogram(
+    x=np.log10(stats["freqs"][alive].numpy()), nbins=60, labels={"x": "log10 of the share of tokens it is active on"},
+    title=f"L0 {stats['l0']:.1f}; of {len(alive):,} latents {(~alive).sum()} never fire on "
+          f"{held_out.numel():,} tokens, {(stats['freqs'] > 0.1).sum()} on more than a tenth")
+fig_freqs
+
+# %% Decoder norm of the latents over the sources
+# Each row is a latent, scaled to its largest source, sorted by where its norms have their centre.
+shape = dec_norms / dec_norms.max(dim=1, keepdim=True).values  # [d_sae, n_layers]
+centre = (shape * torch.arange(len(names))).sum(1) / shape.sum(1)
+fig_heat = px.imshow(
+    shape[centre.argsort()][:: max(1, len(shape) // 1000)], x=names, aspect="auto", color_continuous_scale="Viridis",
+    labels={"x": "source", "y": "latents, sorted", "color": "norm / largest"}, title="Decoder norm per source")
+fig_heat
+
+# %% How many sources each latent spans: those with at least a tenth of its largest norm
+spans = (dec_norms >= 0.1 * dec_norms.max(dim=1, keepdim=True).values).sum(1)
+fig_spans = px.histogram(x=spans, labels={"x": "sources spanned", "y": "latents"},
+                         title=f"A latent spans {spans.float().mean():.2f} of {len(names)} sources on average")
+fig_spans
+
+# %% Decoder cosine between sources: does a latent keep its direction?
+# Weighted by the norms, so that a source where the latent is absent does not count.
+directions = torch.nn.functional.normalize(crosscoder.W_dec.cpu(), dim=-1)
+cosines = einops.einsum(directions, directions, "d_sae l d_model, d_sae k d_model -> d_sae l k")
+weights = einops.einsum(dec_norms, dec_norms, "d_sae l, d_sae k -> d_sae l k")
+fig_cosine = px.imshow((cosines * weights).sum(0) / weights.sum(0), x=names, y=names, zmin=-1, zmax=1, text_auto=".2f",
+                       color_continuous_scale="RdBu", title="Mean decoder cosine between sources")
+fig_cosine
+
+# %% Compare two crosscoders at equal L0
+# The denser one keeps only its strongest latents, those with acts_i * sum_l ||W_dec_i^l|| above a threshold that
+# brings it to the L0 of the other. Here: the last two checkpoints; give any two of the same sources.
+pair = {str(path): CrossCoder.load(path, cfg["device"]) for path in CHECKPOINTS[-2:]}
+x = get_stacked_resids(models, held_out[:16], cfg)[:, 1:].flatten(0, 1).float()
+acts = {path: cc.encode(x).float() for path, cc in pair.items()}
+target = min((a > 0).sum().item() for a in acts.values())
+print(f"{'at L0 ' + format(target / len(x), '.1f'):<40} " + "  ".join(f"{name:>14}" for name in names))
+for path, cc in pair.items():
+    scores = acts[path] * cc.W_dec.norm(dim=-1).sum(-1)
+    threshold = scores.flatten().sort(descending=True).values[target - 1]
+    error = x - cc.decode(acts[path] * (scores >= threshold))
+    fvu = error.pow(2).sum((0, 2)) / (x - x.mean(0)).pow(2).sum((0, 2))
+    print(f"{path[-40:]:<40} " + "  ".join(f"{value:14.4f}" for value in fvu))
+first, second = (torch.nn.functional.normalize(cc.W_dec.flatten(1), dim=1) for cc in (list(pair.values()) * 2)[:2])
+closest = torch.cat([(some @ second.T).max(dim=1).values for some in first.split(1024)])
+print(f"latents of the first with one of cosine above 0.9 in the second: {(closest > 0.9).float().mean():.1%}")
+
+# %% Where a latent fires most: the top tokens with their context
+# By default one that fires on about one token in 500. The token that it fires on is in [brackets].
+stats = get_stats(crosscoder, models, held_out, cfg)
+latent = int((stats["freqs"] - 0.002).abs().argmin())
+acts = torch.cat([crosscoder.encode(get_stacked_resids(models, rows, cfg).float())[..., latent].float().cpu()
+                  for rows in held_out.split(4)])  # [seq, pos]
+acts[:, 0] = 0  # position 0 was not trained on
+print(f"latent {latent}: active on {stats['freqs'][latent]:.2%} of the tokens; decoder norms "
+      + ", ".join(f"{name} {norm:.2f}" for name, norm in zip(names, dec_norms[latent])))
+for index in acts.flatten().argsort(descending=True)[:12].tolist():
+    seq, pos = divmod(index, acts.shape[1])
+    before, token, after = (tokenizer.decode(held_out[seq, part].long()).replace("\n", " ")
+                            for part in (slice(max(0, pos - 12), pos), slice(pos, pos + 1), slice(pos + 1, pos + 7)))
+    print(f"{acts[seq, pos]:7.2f}  {before[-60:]:>60}[{token}]{after}")
+
+# %% Steer with a latent: add its decoder vector to one source while the model writes
+latent, source, strength = int(dec_norms.sum(1).argmax()), len(sources) // 2, 4.0
+model, hook = models[sources[source].model], sources[source].hook
+direction = (crosscoder.W_dec[latent, source] * crosscoder.norm_factor[source]).to(cfg["device"])
+direction *= crosscoder.norm_factor[source] * math.sqrt(len(direction)) / direction.norm()  # as long as a mean x
+
+
+def steer(act, hook, strength):
+    act[:, 1:] += strength * direction.to(act)
+    return act
+
+
+for strength in (0.0, 0.5, 1.0):
+    text = held_out[:1, :16].to(cfg["device"]).long()
+    for _ in range(24):
+        logits = model.run_with_hooks(text, fwd_hooks=[(hook, partial(steer, strength=strength))])
+        text = torch.cat([text, logits[:, -1].argmax(-1, keepdim=True)], dim=1)
+    print(f"latent {latent} at {names[source]} x {strength}: {tokenizer.decode(text[0, 1:])!r}")
+
+# %% What one latent does: take its contribution out of every source and see the cross-entropy
+stats = get_stats(crosscoder, models, held_out, cfg)
+batch = held_out[:16].to(cfg["device"]).long()
+x = get_stacked_resids(models, batch, cfg).float()
+acts = crosscoder.encode(x).float()
+clean = get_ce(models[0], batch)
+print(f"clean cross-entropy {clean:.4f}")
+for latent in stats["freqs"].argsort(descending=True)[:8].tolist():
+    write = einops.einsum(acts[..., latent], crosscoder.W_dec[latent], "seq pos, l d_model -> seq pos l d_model")
+    without = x - write * crosscoder.norm_factor[:, None]
+    splices = [(source.hook, without[:, :, i]) for i, source in enumerate(sources) if source.model == 0]
+    print(f"latent {latent:6}: active on {stats['freqs'][latent]:6.1%}, without it "
+          f"{get_ce(models[0], batch, splices) - clean:+.4f}")
+
+# %% Export plain weights, the normalisation folded in
+weights = crosscoder.fold()
+safetensors.torch.save_file({name: w.cpu().contiguous() for name, w in weights.items()},
+                            CHECKPOINTS[-1] / "folded.safetensors")
+x = get_stacked_resids(models, held_out[:4], cfg)[:, 1:].flatten(0, 1).float()
+acts = torch.relu(einops.einsum(x, weights["W_enc"], "row l d_model, l d_model d_sae -> row d_sae") + weights["b_enc"])
+x_hat = einops.einsum(acts, weights["W_dec"], "row d_sae, d_sae l d_model -> row l d_model") + weights["b_dec"]
+print(f"{CHECKPOINTS[-1] / 'folded.safetensors'}: the plain formula is within "
+      f"{(x_hat - crosscoder(x)).norm() / x_hat.norm():.1e} of the crosscoder, which computes in {cfg['enc_dtype']}")
+
+# %% The picture in the README: reconstruction, cost and span in one
+metrics = evaluate(crosscoder, models, held_out, cfg)
+shape = dec_norms / dec_norms.max(dim=1, keepdim=True).values
+centre = (shape * torch.arange(len(names))).sum(1) / shape.sum(1)
+overview = make_subplots(cols=3, column_widths=[0.28, 0.28, 0.44], subplot_titles=(
+    "FVU", "Rise of cross-entropy (nats)", "Decoder norm of each latent, relative to its largest"))
+overview.add_bar(x=names, y=[metrics[f"fvu/{name}"] for name in names], marker_color="#3b528b", row=1, col=1)
+overview.add_bar(x=names, y=[metrics[f"ce/delta_{name}"] for name in names], marker_color="#21918c", row=1, col=2)
+overview.add_trace(go.Heatmap(z=shape[centre.argsort()], x=names, colorscale="Viridis", colorbar_thickness=12), row=1, col=3)
+overview.update_yaxes(title="latents, sorted by centre", row=1, col=3)
+overview.update_layout(
+    width=1200, height=400, showlegend=False, template="plotly_white",
+    title=f"{len(shape):,} latents over {len(names)} sources: L0 {metrics['sparsity/l0']:.1f}, "
+          f"FVU {metrics['fvu/all']:.3f}, clean cross-entropy {metrics['ce/clean']:.2f}")
+overview
