@@ -149,8 +149,8 @@ batch = held_out[:16].to(cfg["device"]).long()
 x = get_stacked_resids(models, batch, cfg).float()
 acts = crosscoder.encode(x).float()
 clean = get_ce(models[0], batch)
-print(f"clean cross-entropy {clean:.4f}")
-for latent in stats["freqs"].argsort(descending=True)[:8].tolist():
+print(f"clean cross-entropy {clean:.4f}; the latents that write most:")
+for latent in (acts.mean((0, 1)).cpu() * dec_norms.sum(1)).argsort(descending=True)[:8].tolist():
     write = einops.einsum(acts[..., latent], crosscoder.W_dec[latent], "seq pos, l d_model -> seq pos l d_model")
     without = x - write * crosscoder.norm_factor[:, None]
     splices = [(source.hook, without[:, :, i]) for i, source in enumerate(sources) if source.model == 0]
@@ -171,11 +171,14 @@ print(f"{CHECKPOINTS[-1] / 'folded.safetensors'}: the plain formula is within "
 metrics = evaluate(crosscoder, models, held_out, cfg)
 shape = dec_norms / dec_norms.max(dim=1, keepdim=True).values
 centre = (shape * torch.arange(len(names))).sum(1) / shape.sum(1)
+labels = [str(source.layer) for source in sources] if len(models) == 1 else names
 overview = make_subplots(cols=3, column_widths=[0.28, 0.28, 0.44], subplot_titles=(
     "FVU", "Rise of cross-entropy (nats)", "Decoder norm of each latent, relative to its largest"))
-overview.add_bar(x=names, y=[metrics[f"fvu/{name}"] for name in names], marker_color="#3b528b", row=1, col=1)
-overview.add_bar(x=names, y=[metrics[f"ce/delta_{name}"] for name in names], marker_color="#21918c", row=1, col=2)
-overview.add_trace(go.Heatmap(z=shape[centre.argsort()], x=names, colorscale="Viridis", colorbar_thickness=12), row=1, col=3)
+for column, (key, colour) in enumerate((("fvu/", "#3b528b"), ("ce/delta_", "#21918c")), start=1):
+    overview.add_bar(x=labels, y=[metrics[key + name] for name in names], marker_color=colour, row=1, col=column)
+heat = go.Heatmap(z=shape[centre.argsort()], x=labels, colorscale="Viridis", colorbar_thickness=12)
+overview.add_trace(heat, row=1, col=3)
+overview.update_xaxes(title=f"layer ({cfg['site']})", type="category")
 overview.update_yaxes(title="latents, sorted by centre", row=1, col=3)
 overview.update_layout(
     width=1200, height=400, showlegend=False, template="plotly_white",

@@ -4,6 +4,7 @@
   python train.py --l1_coeff=2       on GPT-2 Small, all 12 layers: for a CUDA box
 """
 import argparse
+import math
 import re
 import resource
 import sys
@@ -18,6 +19,8 @@ from utils import (
 
 
 class Parser(argparse.ArgumentParser):
+    """Reports mistakes as make_cfg does."""
+
     def error(self, message: str):
         raise ValueError(f"{message}; write --key=value, see --help")
 
@@ -45,7 +48,8 @@ def estimate_seconds(cfg: dict, models: list, n_layers: int, d_model: int) -> fl
     """How long a run takes, from timing a forward pass of the models and a step of a small crosscoder."""
     small = CrossCoder({**cfg, "dict_size": min(1024, cfg["dict_size"])}, n_layers, d_model)
     x = torch.randn(cfg["batch_size"], n_layers, d_model, device=cfg["device"])
-    tokens = torch.zeros(1 if cfg["device"] == "cpu" else cfg["model_batch_size"], cfg["seq_len"])
+    n_seqs = math.ceil(1024 / cfg["seq_len"]) if cfg["device"] == "cpu" else cfg["model_batch_size"]
+    tokens = torch.zeros(n_seqs, cfg["seq_len"])
 
     def harvest() -> float:
         return get_stacked_resids(models, tokens, cfg)[..., 0].sum().item()
@@ -74,6 +78,7 @@ def peak_memory_gb(cfg: dict) -> float:
 
 
 def format_seconds(seconds: float) -> str:
+    """A duration for people."""
     for unit, length in (("days", 86400), ("h", 3600), ("min", 60)):
         if seconds >= 2 * length:
             return f"{seconds / length:.0f} {unit}"
