@@ -239,7 +239,7 @@ def load_models(cfg: dict) -> list[TransformerBridge]:
     Raises ValueError where one cannot be opened, its context is too short, a layer or site does not exist, or
     the models' tokenizers or the sources' widths differ."""
     names, opened = cfg["model_name"].split(","), {}
-    for name in set(names):
+    for name in dict.fromkeys(names):
         try:
             opened[name] = TransformerBridge.boot_transformers(
                 name, device=cfg["device"], dtype=DTYPES[cfg["enc_dtype"]])

@@ -1,0 +1,212 @@
+"""How fast training is, beside a plain reference and beside what the machine allows.
+
+    python tests/bench.py --size=cpu            12 x 768, dictionary 4,096, batch 512, sequences of 128 and 1,024
+    python tests/bench.py --size=gpu --json     12 x 768, dictionaries 2^14 and 2^16, batch 4,096, sequences of 1,024
+
+The language model has GPT-2 Small's shape and random weights, so nothing is downloaded. All that is compared is measured
+in this process, in turns, and given as medians. The reference is the published arithmetic written out plainly: fp32
+einsum encode and decode, unfused Adam, three .item() a step; run_with_cache with logits under bf16 autocast; a buffer
+shuffled by indexing it. The limit is six matrix products at the bf16 rate of a large one, measured here, and 28 bytes a
+parameter of Adam at the copy bandwidth, measured here; for harvesting, the model body's products without the unembedding.
+"""
+import argparse
+import json
+import os
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import einops
+import torch
+from torch import nn
+from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
+
+import train  # noqa: F401  what it sets for a run holds here too
+from utils import TINY, Buffer, CrossCoder, Trainer, get_stacked_resids, load_models, make_cfg
+
+
+class Reference:
+    """The published crosscoder's step, harvest and buffer, from its formulas."""
+
+    def __init__(self, cfg: dict, model, all_tokens: torch.Tensor):
+        self.cfg, self.model, self.all_tokens = cfg, model, all_tokens
+        start = CrossCoder({**cfg, "enc_dtype": "fp32"}, 12, 768)
+        self.weights = [nn.Parameter(p.detach().clone()) for p in start.parameters()]
+        self.names = [name for name, _ in start.named_parameters()]
+        self.optimizer = torch.optim.Adam(self.weights, lr=cfg["lr"], foreach=False, fused=False)
+        self.buffer = torch.zeros(cfg["batch_size"] * cfg["buffer_mult"], 12, 768, dtype=torch.bfloat16, device=cfg["device"])
+
+    def step(self, x: torch.Tensor) -> None:
+        w, x = dict(zip(self.names, self.weights)), x.float()
+        acts = torch.relu(einops.einsum(x, w["W_enc"], "b l d, l d s -> b s") + w["b_enc"])
+        x_hat = einops.einsum(acts, w["W_dec"], "b s, s l d -> b l d") + w["b_dec"]
+        l2 = (x_hat - x).pow(2).sum((1, 2)).mean()
+        l1 = (acts * w["W_dec"].norm(dim=-1).sum(1)).sum(-1).mean()
+        l0 = (acts > 0).float().sum(-1).mean()
+        (l2 + self.cfg["l1_coeff"] * l1).backward()
+        nn.utils.clip_grad_norm_(self.weights, 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        _ = l2.item(), l1.item(), l0.item()
+
+    @torch.no_grad()
+    def harvest(self, tokens: torch.Tensor) -> torch.Tensor:
+        with torch.autocast(self.cfg["device"].split(":")[0], torch.bfloat16):
+            _, cache = self.model.run_with_cache(tokens, names_filter=lambda name: name.endswith("resid_post"))
+        return torch.stack([cache["resid_post", layer] for layer in range(12)], dim=2)
+
+    @torch.no_grad()
+    def refill(self) -> None:
+        rows, filled = len(self.buffer) // 2, 0
+        for batch in self.all_tokens.split(self.cfg["model_batch_size"]):
+            acts = self.harvest(batch)[:, 1:].flatten(0, 1)[: rows - filled]
+            self.buffer[filled : filled + len(acts)] = acts
+            if (filled := filled + len(acts)) == rows:
+                break
+        self.buffer = self.buffer[torch.randperm(len(self.buffer), device=self.buffer.device)]
+
+
+def timed(*parts, rounds: int) -> list[float]:
+    """Median seconds of each part, run in turns after a first, uncounted round."""
+    seconds: list[list[float]] = [[] for _ in parts]
+    for _ in range(rounds + 1):
+        for part, times in zip(parts, seconds):
+            synchronize()
+            start = time.perf_counter()
+            part()
+            synchronize()
+            times.append(time.perf_counter() - start)
+    return [statistics.median(times[1:]) for times in seconds]
+
+
+def synchronize() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def peak_memory(part) -> float:
+    """The bytes that part needs at its peak beyond what was held before: on the GPU, or resident (Linux)."""
+    if torch.cuda.is_available():
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        part()
+        return torch.cuda.max_memory_allocated() - before
+    Path("/proc/self/clear_refs").write_text("5")  # the peak so far is forgotten
+    before = int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    part()
+    peak = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+    return int(peak.split()[1]) * 1024 - before
+
+
+def machine_limits(device: str) -> tuple[float, float]:
+    """-> bf16 matrix products in FLOP/s, copy bandwidth in bytes/s (read and written)"""
+    n = 8192 if device.startswith("cuda") else 4096
+    a, b = (torch.randn(n, n, device=device).bfloat16() for _ in range(2))
+    big, other = (torch.ones(2**27, device=device) for _ in range(2))
+    product, copy = timed(lambda: a @ b, lambda: big.copy_(other), rounds=7)
+    return 2 * n**3 / product, 2 * big.nbytes / copy
+
+
+def bench(cfg: dict, folder: str, flops: float, bandwidth: float, rounds: int) -> list[dict]:
+    """The rows of the table for one dictionary size and sequence length."""
+    (model,) = load_models(cfg)
+    plain = type(model).boot_transformers(folder, device=cfg["device"], dtype=torch.float32)
+    n_seqs = 4 * cfg["batch_size"] * cfg["buffer_mult"] // cfg["seq_len"] + cfg["eval_seqs"]
+    all_tokens = torch.randint(4096, (n_seqs, cfg["seq_len"]), generator=torch.Generator().manual_seed(0))
+    trainer = Trainer(cfg, [model], all_tokens)
+    reference = Reference(cfg, plain, all_tokens.to(cfg["device"]))
+    buffer, size = trainer.buffer, f"{cfg['dict_size']:,} x {cfg['seq_len']}"
+
+    x = buffer.next()
+    buffer.next, serve = (lambda: x), buffer.next
+    ours_step, ref_step = timed(trainer.step, lambda: reference.step(x), rounds=rounds)
+    step_memory = peak_memory(trainer.step)
+    buffer.next = serve
+
+    tokens = all_tokens[: cfg["model_batch_size"]].to(cfg["device"])
+    ours_harvest, ref_harvest = timed(lambda: get_stacked_resids([model], tokens, cfg),
+                                      lambda: reference.harvest(tokens), rounds=rounds)
+
+    def refill() -> None:
+        buffer.pointer = buffer.size // 2
+        buffer.refresh()
+
+    ours_refill, ref_refill = timed(refill, reference.refill, rounds=max(1, rounds // 3))
+    refill_memory = peak_memory(refill)
+    steps = cfg["buffer_mult"] // 2  # to the next refill
+
+    def ours_cycle() -> None:
+        for _ in range(steps):
+            trainer.step()
+
+    def ref_cycle() -> None:
+        for i in range(steps):
+            reference.step(reference.buffer[i * cfg["batch_size"] : (i + 1) * cfg["batch_size"]])
+        reference.refill()
+
+    buffer.pointer = buffer.size  # so that each cycle begins with one refill of half the buffer
+    buffer.refresh()
+    buffer.pointer = buffer.size // 2
+    ours_all, ref_all = timed(ours_cycle, ref_cycle, rounds=max(1, rounds // 3))
+
+    batch, half = cfg["batch_size"], buffer.size // 2
+    parameters = sum(p.numel() for p in trainer.crosscoder.parameters())
+    limit_step = 6 * 2 * batch * 12 * 768 * cfg["dict_size"] / flops + 28 * parameters / bandwidth
+    body = sum(p.numel() for name, p in model.original_model.named_parameters() if name.endswith("weight") and p.ndim == 2
+               and "wte" not in name and "wpe" not in name and "lm_head" not in name)
+    limit_token = (2 * body + 2 * 2 * 12 * 768 * cfg["seq_len"] / 2) / flops  # and causal attention
+    limit_harvest = limit_token * tokens.numel()
+    limit_refill = limit_token * half * cfg["seq_len"] / (cfg["seq_len"] - 1)
+    parts = ours_step * steps + ours_harvest / tokens.numel() * half * cfg["seq_len"] / (cfg["seq_len"] - 1)
+    row = lambda what, tokens, ours, ref, limit, memory: {
+        "what": what, "size": size, "tokens_per_s": tokens / ours, "times_reference": ref / ours,
+        "share_of_limit": limit / ours, "peak_gb": memory / 1e9 if memory is not None else None}
+    return [
+        row("train step", batch, ours_step, ref_step, limit_step, step_memory),
+        row("harvest", tokens.numel(), ours_harvest, ref_harvest, limit_harvest, None),
+        row("refill", half, ours_refill, ref_refill, limit_refill, refill_memory),
+        {**row("end to end", half, ours_all, ref_all, limit_step * steps + limit_refill, None),
+         "share_of_parts": parts / ours_all, "refill_memory_share_of_buffer": refill_memory / buffer.buffer.nbytes}]
+
+
+def main() -> None:
+    """Prints the table, or the same as JSON."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", choices=("cpu", "gpu"), default="gpu" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--json", action="store_true")
+    args = parser.parse_args()
+    cpu = args.size == "cpu"
+    device = "cpu" if cpu else "cuda"
+    flops, bandwidth = machine_limits(device)
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        torch.manual_seed(0)
+        GPT2LMHeadModel(GPT2Config()).save_pretrained(folder)
+        AutoTokenizer.from_pretrained(TINY / "base").save_pretrained(folder)
+        for dict_size, seq_len in ((4096, 128), (4096, 1024)) if cpu else ((2**14, 1024), (2**16, 1024)):
+            cfg = make_cfg(model_name=folder, device=device, enc_dtype="bf16", dict_size=dict_size, seq_len=seq_len,
+                           batch_size=512 if cpu else 4096, buffer_mult=16 if cpu else 64, num_tokens=10**9, eval_seqs=1,
+                           model_batch_size=max(1, (1024 if cpu else 32768) // seq_len))
+            rows += bench(cfg, folder, flops, bandwidth, args.rounds)
+    if args.json:
+        print(json.dumps({"bf16_flops": flops, "copy_bytes_per_s": bandwidth, "rows": rows}, indent=1))
+        return
+    print(f"bf16 products {flops / 1e12:.2f} TFLOP/s, copies {bandwidth / 1e9:.0f} GB/s, {torch.get_num_threads()} threads, "
+          f"torch {torch.__version__}\n{'':<12}{'dict x seq':>14}{'tokens/s':>12}{'x reference':>13}{'of limit':>10}{'peak GB':>9}")
+    for row in rows:
+        memory = f"{row['peak_gb']:.2f}" if row["peak_gb"] is not None else ""
+        print(f"{row['what']:<12}{row['size']:>14}{row['tokens_per_s']:>12,.0f}{row['times_reference']:>13.2f}"
+              f"{row['share_of_limit']:>10.0%}{memory:>9}")
+        if "share_of_parts" in row:
+            print(f"{'':<12}end to end has {row['share_of_parts']:.0%} of the speed of harvest and step alone; a refill needs "
+                  f"{row['refill_memory_share_of_buffer']:.0%} of the buffer beyond it")
+
+
+if __name__ == "__main__":
+    main()
