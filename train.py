@@ -33,7 +33,8 @@ def parse_overrides(argv: list[str]) -> dict[str, str]:
     source = Path(utils.__file__).read_text()
     comments = dict(re.findall(r'^    "(\w+)": .*,  # (.*)$', source, flags=re.MULTILINE))
     plain = argparse.RawDescriptionHelpFormatter
-    parser = Parser(description=__doc__, formatter_class=plain, allow_abbrev=False)
+    usage = "python train.py [--key=value ...]"
+    parser = Parser(usage=usage, description=__doc__, formatter_class=plain, allow_abbrev=False)
     for key, default in default_cfg.items():
         shown = str(default).lower() if isinstance(default, bool) else default
         help = f"{comments[key]} (default: {shown})".replace("%", "%%")

@@ -38,7 +38,7 @@ from transformer_lens.utilities import get_act_name
 # ---- Config ----------------------------------------------------------------------------------------------
 default_cfg = {
     # the run
-    "preset": "gpt2-small",  # a name in PRESETS, whose values stand in for these defaults
+    "preset": "gpt2-small",  # gpt2-small or tiny: its values stand in for these defaults
     "seed": 51,  # of the initial weights and of the shuffling
     "device": "auto",  # cuda, cuda:1, mps or cpu; auto takes the first there is
     "save_dir": "checkpoints",  # folder in which each run makes its own, version_N
@@ -175,7 +175,7 @@ def load_tokens(cfg: dict, tokenizer) -> Int[Tensor, "n_seqs seq_len"]:
             raise ValueError(f"it holds {tokens.dtype} {list(tokens.shape)}")
         smallest, largest = tokens.numpy().min(), tokens.numpy().max()
     except Exception as error:
-        raise bad("tokens", str(path), f"no ids [n_seqs, seq_len] in .npy or .pt: {error!r:.200}") from None
+        raise bad("tokens", str(path), f"give ids [n_seqs, seq_len], .npy or .pt ({error!r:.200})") from None
     if tokens.shape[1] != cfg["seq_len"]:
         raise bad("tokens", str(path), f"has rows of {tokens.shape[1]} tokens; set seq_len={tokens.shape[1]}")
     if smallest < 0 or largest >= len(tokenizer):
