@@ -4,16 +4,20 @@
   python train.py --l1_coeff=2       on GPT-2 Small, all 12 layers: for a CUDA box
 """
 import argparse
+import ctypes
 import math
-import os
 import re
 import resource
 import sys
 import time
+import timeit
+from bisect import bisect_right
 from pathlib import Path
 
-os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # huge pages: on a CPU a fifth of a step was page faults
+if hasattr(libc := ctypes.CDLL(None), "mallopt"):  # glibc: freed memory is kept, not returned page by page,
+    libc.mallopt(-4, 0), libc.mallopt(-1, 2**31 - 1)  # M_MMAP_MAX, M_TRIM_THRESHOLD; faster on CPUs
 
+import psutil
 import torch
 
 import utils
@@ -48,6 +52,51 @@ def parse_overrides(argv: list[str]) -> dict[str, str]:
     return overrides
 
 
+def count_parameters(cfg: dict, n_layers: int, d_model: int) -> int:
+    """Of the crosscoder."""
+    return cfg["dict_size"] * (2 * n_layers * d_model + 1) + n_layers * d_model
+
+
+def get_memory(cfg: dict, models: list, n_layers: int, d_model: int) -> dict[str, int]:
+    """The bytes that a run needs beyond its models, by part; the formulas are those of README.md, Memory."""
+    width, parameters = n_layers * d_model, count_parameters(cfg, n_layers, d_model)
+    itemsize, d_vocab = utils.DTYPES[cfg["enc_dtype"]].itemsize, models[0].cfg.d_vocab
+    seqs, seq_len = cfg["model_batch_size"], cfg["seq_len"]
+    return {
+        "weights and Adam": 12 * parameters,
+        "buffer": cfg["batch_size"] * cfg["buffer_mult"] * (width * itemsize + 16),
+        "at work": max(
+            5 * parameters,  # gradients, and weights and products in the compute type
+            cfg["batch_size"] * (20 * width + 12 * cfg["dict_size"]),  # a step's activations
+            seqs * seq_len * itemsize * (width + 13 * models[0].cfg.d_model),  # harvesting
+            min(seqs, cfg["eval_seqs"]) * seq_len * itemsize * (2 * width + d_vocab)  # evaluating: logits,
+            + 8 * seq_len * d_vocab)}  # and a sequence's in fp32, twice
+
+
+def check_memory(cfg: dict, *shape) -> None:
+    """ValueError where a run does not fit, naming the largest buffer_mult, dict_size, ... that would."""
+    places = {"weights and Adam": cfg["device"], "buffer": cfg["buffer_device"], "at work": cfg["device"]}
+    for device in set(places.values()):
+        def needed(**changed) -> int:
+            parts = get_memory({**cfg, **changed}, *shape)
+            return sum(size for part, size in parts.items() if places[part] == device)
+
+        if needed() > (free := free_memory(device)):
+            most = {key: bisect_right(range(cfg[key]), free, key=lambda n: needed(**{key: n})) - 1
+                    for key in ("buffer_mult", "dict_size", "model_batch_size")}
+            fit = [f"{key}={n}" for key, n in most.items() if n >= utils.LEAST.get(key, 1)]
+            raise utils.bad("device", device, f"{needed() / 1e9:,.2f} GB are needed beyond the models, "
+                            f"{free / 1e9:,.2f} are free; what fits: {' or '.join(fit) or 'less of all'}")
+
+
+def free_memory(device: str) -> int:
+    """Bytes, those that PyTorch holds unused included."""
+    if device.startswith("cuda"):
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + unused
+    return psutil.virtual_memory().available  # mps shares it
+
+
 def estimate_seconds(cfg: dict, models: list, n_layers: int, d_model: int) -> float:
     """How long a run takes, from timing a forward pass of the models and a step of a small crosscoder."""
     small = CrossCoder({**cfg, "dict_size": min(4096, cfg["dict_size"])}, n_layers, d_model)
@@ -63,13 +112,8 @@ def estimate_seconds(cfg: dict, models: list, n_layers: int, d_model: int) -> fl
         (losses.l2_loss + losses.l1_loss).backward()
         return small.b_enc.grad.sum().item()
 
-    seconds = {harvest: [], step: []}
-    for part in (harvest, step) * 5:  # the first time is slower, others may be disturbed
-        start = time.time()
-        part()
-        seconds[part].append(time.time() - start)
-    per_row = min(seconds[harvest]) / tokens.numel()
-    per_row += min(seconds[step]) / len(x) * cfg["dict_size"] / len(small.b_enc)
+    per_row = min(timeit.repeat(harvest, number=1)) / tokens.numel()
+    per_row += min(timeit.repeat(step, number=1)) / len(x) * cfg["dict_size"] / len(small.b_enc)
     return per_row * cfg["num_tokens"]
 
 
@@ -90,12 +134,12 @@ def format_seconds(seconds: float) -> str:
 
 
 def header(cfg: dict, models: list) -> str:
-    """What the run is, what it needs and how long it will take."""
+    """What the run is, what it needs and how long it will take. ValueError where it needs too much memory."""
     n_layers, d_model = get_stacked_resids(models, torch.zeros(1, 2), cfg).shape[2:]
+    check_memory(cfg, models, n_layers, d_model)
     names = source_names(cfg, n_layers)
-    parameters = cfg["dict_size"] * (2 * n_layers * d_model + 1) + n_layers * d_model
-    itemsize = utils.DTYPES[cfg["enc_dtype"]].itemsize
-    buffer_gb = cfg["batch_size"] * cfg["buffer_mult"] * n_layers * d_model * itemsize / 1e9
+    parameters = count_parameters(cfg, n_layers, d_model)
+    memory = get_memory(cfg, models, n_layers, d_model).items()
     seconds = estimate_seconds(cfg, models, n_layers, d_model)
     if cfg["device"] == "cpu" and seconds > 3600:
         print(f"warning: without a GPU this run takes about {format_seconds(seconds)}; --preset=tiny takes "
@@ -105,7 +149,8 @@ def header(cfg: dict, models: list) -> str:
         f"sources     {n_layers} of width {d_model}: {names[0]}{f' to {names[-1]}' if n_layers > 1 else ''}",
         f"dictionary  {cfg['dict_size']:,} latents, {parameters:,} parameters, compute in {cfg['enc_dtype']}",
         f"training    {cfg['num_tokens']:,} tokens in {cfg['num_tokens'] // cfg['batch_size']:,} steps",
-        f"memory      {16 * parameters / 1e9:.2f} GB weights, gradients and Adam, {buffer_gb:.2f} GB buffer",
+        f"memory      {', '.join(f'{size / 1e9:.2f} GB {part}' for part, size in memory)}; "
+        f"{free_memory(cfg['device']) / 1e9:.2f} GB free",
         f"device      {cfg['device']}, about {format_seconds(seconds)}"))
 
 

@@ -33,7 +33,9 @@ from huggingface_hub.constants import HF_HOME
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformer_lens.model_bridge import TransformerBridge
+from transformer_lens.model_bridge.generalized_components import AttentionBridge, NormalizationBridge
 from transformer_lens.utilities import get_act_name
+from transformers.activations import NewGELUActivation
 
 # ---- Config ----------------------------------------------------------------------------------------------
 default_cfg = {
@@ -243,6 +245,7 @@ def load_models(cfg: dict) -> list[TransformerBridge]:
         try:
             opened[name] = TransformerBridge.boot_transformers(
                 name, device=cfg["device"], dtype=DTYPES[cfg["enc_dtype"]])
+            opened[name].original_model.config.use_cache = False  # keys and values that nobody would read
         except Exception as error:
             raise bad("model_name", name, f"cannot be opened ({error!r:.200}); {NO_HUB}") from None
     models = [opened[name] for name in names]
@@ -255,7 +258,34 @@ def load_models(cfg: dict) -> list[TransformerBridge]:
             raise bad("model_name", cfg["model_name"], "models must share a tokenizer; those of "
                       f"{names[0]} and {name} differ in {len(differ)} entries, first {differ[0][0]!r}")
     get_stacked_resids(models, torch.zeros(1, 2), cfg)  # raises where the sources do not fit together
+    for name, model in opened.items():
+        _fuse(model, {**cfg, "model_name": name})
     return models
+
+
+def _fuse(model: TransformerBridge, cfg: dict) -> None:
+    """Puts the model's own fused attention and normalisation back, which TransformerLens takes apart so that
+    hooks inside them fire: where no source is inside, and as long as the activations stay the same."""
+    own, config = model.original_model, model.original_model.config
+    hooks = {model.hook_dict[source.hook] for source in get_sources([model], cfg)}
+    tokens = torch.randint(model.cfg.d_vocab, (1, cfg["seq_len"]), generator=torch.Generator().manual_seed(0))
+    wanted = get_stacked_resids([model], tokens, cfg)[:, 1:].float()
+    fused = {part: part.original_component.forward for part in own.modules()
+             if isinstance(part, (AttentionBridge, NormalizationBridge)) and hooks.isdisjoint(part.modules())}
+    fused |= {part: partial(F.gelu, approximate="tanh") for part in own.modules()
+              if isinstance(part, NewGELUActivation)}
+    try:
+        assert own._supports_sdpa and not getattr(config, "attn_logit_softcapping", None)  # sdpa cannot cap
+        config._attn_implementation, config.output_attentions = "sdpa", False
+        for part, forward in fused.items():  # vars: an attribute set on a bridge would go to what it wraps
+            vars(part)["forward"] = forward
+        resids = get_stacked_resids([model], tokens, cfg)[:, 1:].float()
+        error = ((resids - wanted).norm(dim=-1) / wanted.norm(dim=-1)).mean()
+        assert error < torch.finfo(DTYPES[cfg["enc_dtype"]]).eps ** 0.5  # half of the digits
+    except Exception:
+        config._attn_implementation, config.output_attentions = "eager", True
+        for part in fused:
+            vars(part).pop("forward", None)
 
 
 def get_sources(models: list, cfg: dict) -> list[Source]:
@@ -291,28 +321,31 @@ def get_stacked_resids(models: list, tokens: Int[Tensor, "batch pos"], cfg: dict
         Tensor, "batch pos n_layers d_model"]:
     """Runs the models on tokens and stacks the activations of all sources, position 0 included.
     Sites with heads are flattened. Nothing above a model's last source is computed, so no logits either."""
-    sources, tokens, found = get_sources(models, cfg), tokens.to(cfg["device"]).long(), {}
+    sources, tokens, seen, resids = get_sources(models, cfg), tokens.to(cfg["device"]).long(), set(), None
+    names = source_names(cfg, len(sources))
     for m, model in enumerate(models):
         mine = {i: source.hook for i, source in enumerate(sources) if source.model == m}
 
         def keep(act, hook, i):
-            found[i] = act.flatten(2)
-            if mine.keys() <= found.keys():
+            nonlocal resids
+            if act.shape[:2] != tokens.shape:
+                raise bad("site", cfg["site"], f"{names[i]} is {list(act.shape)}, not [batch, pos, ...]")
+            act = act.flatten(2)
+            if resids is None:  # the first source tells the width of all
+                resids = act.new_empty(*tokens.shape, len(sources), act.shape[2])
+            if act.shape[2] != resids.shape[3]:
+                raise bad("model_name", cfg["model_name"], "all sources must share d_model, but it is "
+                          f"{resids.shape[3]} and, at {names[i]}, {act.shape[2]}")
+            resids[:, :, i] = act - act.mean(-1, keepdim=True) if cfg["center"] else act
+            seen.add(i)
+            if mine.keys() <= seen:
                 raise _Harvested
 
-        try:
-            model.run_with_hooks(tokens, return_type=None,
-                                 fwd_hooks=[(hook, partial(keep, i=i)) for i, hook in mine.items()])
-        except _Harvested:
-            pass
-    names = source_names(cfg, len(sources))
-    shapes = {name: found.get(i, torch.empty(0)).shape for i, name in enumerate(names)}
-    if any(shape[:2] != tokens.shape for shape in shapes.values()):
-        raise bad("site", cfg["site"], f"does not give [batch, pos, ...] in this model, but {shapes}")
-    if len(set(shapes.values())) > 1:
-        raise bad("model_name", cfg["model_name"], f"all sources must share d_model, but have {shapes}")
-    resids = torch.stack([found[i] for i in range(len(sources))], dim=2)
-    return resids - resids.mean(-1, keepdim=True) if cfg["center"] else resids
+        with suppress(_Harvested):
+            model.run_with_hooks(
+                tokens, return_type=None, fwd_hooks=[(hook, partial(keep, i=i)) for i, hook in mine.items()])
+            raise bad("site", cfg["site"], f"{list(mine.values())} not seen; open the models with this cfg")
+    return resids
 
 
 # ---- CrossCoder ------------------------------------------------------------------------------------------
@@ -323,6 +356,24 @@ class LossOutput(NamedTuple):
     l0_loss: Float[Tensor, ""]  # active latents, mean over the batch
     fvu: Float[Tensor, ""]  # squared error / squared distance from the batch's mean, over all sources
     fired: Int[Tensor, "d_sae"]  # rows of the batch in which each latent is active
+
+
+class _Product(torch.autograd.Function):
+    """x @ W in the type of x, W cast once, and where W has three axes its norms over the last: in one place,
+    as the gradients of both are then summed in place, without a second W."""
+    @staticmethod
+    def forward(ctx, x, W):  # [batch, n], [n, m] or [n, n_layers, d_model]
+        cast, norms = W.flatten(1).to(x.dtype), W.norm(dim=-1) if W.ndim == 3 else None
+        ctx.save_for_backward(x, W, norms, cast if ctx.needs_input_grad[0] else None)
+        return x @ cast, norms  # [batch, m or n_layers * d_model], [n, n_layers]
+
+    @staticmethod
+    def backward(ctx, grad, grad_norms):
+        x, W, norms, cast = ctx.saved_tensors
+        grad_W = (x.T.contiguous() @ grad).float().view_as(W)  # contiguous: twice as fast on a CPU
+        if norms is not None:
+            grad_W.addcmul_(W, (grad_norms / norms.clamp(min=1e-30))[..., None])  # 0 where the norm is 0
+        return None if cast is None else grad @ cast.T, grad_W
 
 
 class CrossCoder(nn.Module):
@@ -350,22 +401,17 @@ class CrossCoder(nn.Module):
         self.register_buffer("norm_factor", torch.ones(n_layers))
         self.to(cfg["device"])
 
-    def _autocast(self) -> torch.autocast:
-        return torch.autocast(self.W_enc.device.type, self.dtype, enabled=self.dtype != torch.float32)
-
     def encode(self, x: Float[Tensor, "... n_layers d_model"]) -> Float[Tensor, "... d_sae"]:
         """Raw activations to latent activations, in the compute type."""
-        x = (x / self.norm_factor[:, None]).flatten(-2)
-        with self._autocast():
-            W_enc = einops.rearrange(self.W_enc, "n_layers d_model d_sae -> d_sae (n_layers d_model)")
-            return F.relu(F.linear(x, W_enc, self.b_enc))
+        x = (x / self.norm_factor[:, None]).to(self.dtype)
+        W_enc = einops.rearrange(self.W_enc, "n_layers d_model d_sae -> (n_layers d_model) d_sae")
+        pre_acts, _ = _Product.apply(x.reshape(-1, len(W_enc)), W_enc)
+        return F.relu(pre_acts.view(*x.shape[:-2], -1) + self.b_enc.to(self.dtype))
 
     def decode(self, acts: Float[Tensor, "... d_sae"]) -> Float[Tensor, "... n_layers d_model"]:
         """Latent activations to raw reconstructions, in fp32."""
-        with self._autocast():
-            W_dec = einops.rearrange(self.W_dec, "d_sae n_layers d_model -> (n_layers d_model) d_sae")
-            x_hat = F.linear(acts, W_dec, self.b_dec.flatten())
-        return x_hat.unflatten(-1, self.b_dec.shape) * self.norm_factor[:, None]
+        x_hat, _ = _Product.apply(acts.reshape(-1, acts.shape[-1]).to(self.dtype), self.W_dec)
+        return (x_hat.view(*acts.shape[:-1], *self.b_dec.shape) + self.b_dec) * self.norm_factor[:, None]
 
     def forward(self, x: Float[Tensor, "... n_layers d_model"]) -> Float[Tensor, "... n_layers d_model"]:
         """Raw activations to raw reconstructions."""
@@ -373,14 +419,13 @@ class CrossCoder(nn.Module):
 
     def get_losses(self, x: Float[Tensor, "batch n_layers d_model"]) -> LossOutput:
         """The losses on a batch of raw activations [O24]."""
-        x = x.float()
-        acts = self.encode(x)
-        l2_loss = ((self.decode(acts) - x) / self.norm_factor[:, None]).pow(2).sum() / len(x)
-        total_decoder_norm = einops.reduce(self.W_dec.norm(dim=-1), "d_sae n_layers -> d_sae", "sum")
-        l1_loss = (acts.sum(0, dtype=torch.float32) * total_decoder_norm).sum() / len(x)
+        acts, x = self.encode(x), x.float() / self.norm_factor[:, None]  # x is normalised from here on
+        x_hat, decoder_norms = _Product.apply(acts, self.W_dec)
+        l2_loss = (x_hat.view_as(x) + (self.b_dec - x)).pow(2).sum() / len(x)
+        l1_loss = (acts.sum(0, dtype=torch.float32) * decoder_norms.sum(-1)).sum() / len(x)
         with torch.no_grad():
             fired = (acts > 0).sum(0)
-            variance = ((x - x.mean(0)) / self.norm_factor[:, None]).pow(2).sum() / len(x)
+            variance = x.norm(dim=-1).pow(2).sum() / len(x) - x.mean(0).pow(2).sum()
         return LossOutput(l2_loss, l1_loss, fired.sum() / len(x), l2_loss.detach() / variance, fired)
 
     @torch.no_grad()
@@ -429,10 +474,11 @@ class Buffer:
             raise bad("buffer_mult", cfg["buffer_mult"], f"{self.size:,} rows in the buffer, but only "
                       f"{self.rows_per_epoch:,} in the text; lower it, or give more text")
         n_layers, d_model = get_stacked_resids(models, all_tokens[:1, :2], cfg).shape[2:]
-        self.buffer = torch.empty(
-            self.size, n_layers, d_model, dtype=DTYPES[cfg["enc_dtype"]], device=cfg["buffer_device"])
-        self.row_numbers = torch.zeros(self.size, dtype=torch.long)  # of the row in each slot
-        self.order = torch.arange(self.size)  # the slots, as they will be served
+        place = torch.device(cfg["buffer_device"])
+        self.buffer = torch.empty(self.size, n_layers, d_model, dtype=DTYPES[cfg["enc_dtype"]], device=place)
+        self.pinned = place.type == "cpu" and cfg["device"].startswith("cuda")  # then copies overlap the step
+        self.row_numbers = torch.zeros(self.size, dtype=torch.long, device=place)  # of the row in each slot
+        self.order = torch.arange(self.size, device=place)  # the slots, as they will be served
         self.pointer = self.size  # how many of them are served: at first all are free
         self.next_row = 0  # the first that is not yet harvested
         self.rows_served = self.rows_replayed = 0  # replayed: served in an epoch after the first
@@ -446,16 +492,15 @@ class Buffer:
         first_seq, end_seq = self.next_row // self.positions, math.ceil(end / self.positions)
         starts, filled = range(first_seq, end_seq, self.cfg["model_batch_size"]), 0
         for start in tqdm.tqdm(starts, desc="filling the buffer", leave=False, disable=self.next_row > 0):
-            seqs = torch.arange(start, min(start + starts.step, end_seq)) % len(self.all_tokens)
-            acts = get_stacked_resids(self.models, self.all_tokens[seqs], self.cfg)[:, 1:]
-            acts = einops.rearrange(acts, "batch pos n_layers d_model -> (batch pos) n_layers d_model")
-            done = max(self.next_row - start * self.positions, 0)  # a refill can end inside a sequence
-            acts = acts[done : end - start * self.positions]
-            self.buffer[slots[filled : filled + len(acts)].to(self.buffer.device)] = acts.to(self.buffer)
-            filled += len(acts)
+            seqs = torch.arange(start, min(start + starts.step, end_seq))
+            resids = get_stacked_resids(self.models, self.all_tokens[seqs % len(self.all_tokens)], self.cfg)
+            for seq, acts in zip(seqs.tolist(), resids[:, 1:]):  # a refill can end inside a sequence
+                acts = acts[max(self.next_row - seq * self.positions, 0) : end - seq * self.positions]
+                self.buffer[slots[filled : filled + len(acts)]] = acts.to(self.buffer.device)
+                filled += len(acts)
         assert filled == len(slots), f"refilled {filled} of {len(slots)} rows"
-        self.row_numbers[slots] = torch.arange(self.next_row, end)
-        self.order = torch.randperm(self.size, generator=self.generator)
+        self.row_numbers[slots] = torch.arange(self.next_row, end, device=slots.device)
+        self.order = torch.randperm(self.size, generator=self.generator).to(slots.device)
         self.next_row, self.pointer = end, 0
 
     def next(self) -> Float[Tensor, "batch_size n_layers d_model"]:
@@ -465,8 +510,10 @@ class Buffer:
         slots = self.order[self.pointer : self.pointer + self.cfg["batch_size"]]
         self.pointer += len(slots)
         self.rows_served += len(slots)
-        self.rows_replayed += int((self.row_numbers[slots] >= self.rows_per_epoch).sum())
-        return self.buffer[slots.to(self.buffer.device)].to(self.cfg["device"])
+        self.rows_replayed = self.rows_replayed + (self.row_numbers[slots] >= self.rows_per_epoch).sum()
+        rows = torch.empty_like(self.buffer[: len(slots)], pin_memory=self.pinned)
+        torch.index_select(self.buffer, 0, slots, out=rows)
+        return rows.to(self.cfg["device"], non_blocking=self.pinned)
 
 
 # ---- Evaluation ------------------------------------------------------------------------------------------
@@ -504,7 +551,8 @@ def get_ce(model, tokens: Int[Tensor, "batch pos"], splices: list[tuple[str, Ten
 
     logits = model.run_with_hooks(
         tokens, return_type="logits", fwd_hooks=[(hook, partial(splice, new=new)) for hook, new in splices])
-    return F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), tokens[:, 1:].flatten()).item()
+    each = [F.cross_entropy(row[:-1].float(), ids[1:]) for row, ids in zip(logits, tokens)]  # less memory
+    return torch.stack(each).mean().item()
 
 
 @torch.no_grad()
@@ -520,10 +568,10 @@ def evaluate(crosscoder: CrossCoder, models: list, tokens: Int[Tensor, "n_seqs s
     for batch in tokens.split(cfg["model_batch_size"]):
         batch = batch.to(cfg["device"]).long()
         x = get_stacked_resids(models, batch, cfg)
-        x_hat = torch.cat([crosscoder(rows) for rows in x.flatten(0, 1).split(cfg["batch_size"])]).view_as(x)
+        x_hat = torch.cat([crosscoder(rows).to(x) for rows in x.flatten(0, 1).split(cfg["batch_size"])])
         clean = [get_ce(model, batch) for model in models]
         ces = {"ce/clean": np.mean(clean)}
-        for kind, new in (("delta", x_hat), ("ablated", stats["mean"].to(x).expand_as(x))):
+        for kind, new in (("delta", x_hat.view_as(x)), ("ablated", stats["mean"].to(x).expand_as(x))):
             splices: list[list] = [[] for _ in models]
             for (m, _, hook), name, act in zip(sources, names, new.unbind(2)):
                 ces[f"ce/{kind}_{name}"] = get_ce(models[m], batch, [(hook, act)]) - clean[m]
@@ -575,7 +623,8 @@ class Trainer:
         losses, l1_coeff = self.crosscoder.get_losses(self.buffer.next()), self.get_l1_coeff()
         loss = losses.l2_loss + l1_coeff * losses.l1_loss
         loss.backward()
-        grad_norm = nn.utils.clip_grad_norm_(self.crosscoder.parameters(), max_norm=1.0)
+        grad_norm = nn.utils.get_total_norm([p.grad.norm(dim=-1) for p in self.crosscoder.parameters()])
+        self.optimizer.grad_scale = grad_norm.clamp(min=1.0)  # Adam divides by it: clipped at a norm of 1
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.tokens_since_fired.add_(self.cfg["batch_size"]).masked_fill_(losses.fired > 0, 0)

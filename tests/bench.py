@@ -10,6 +10,7 @@ shuffled by indexing it. The limit is six matrix products at the bf16 rate of a 
 parameter of Adam at the copy bandwidth, measured here; for harvesting, the model body's products without the unembedding.
 """
 import argparse
+import itertools
 import json
 import os
 import statistics
@@ -35,13 +36,15 @@ class Reference:
 
     def __init__(self, cfg: dict, model, all_tokens: torch.Tensor):
         self.cfg, self.model, self.all_tokens = cfg, model, all_tokens
-        start = CrossCoder({**cfg, "enc_dtype": "fp32"}, 12, 768)
+        shape = model.cfg.n_layers, model.cfg.d_model
+        start = CrossCoder({**cfg, "enc_dtype": "fp32"}, *shape)
         self.weights = [nn.Parameter(p.detach().clone()) for p in start.parameters()]
         self.names = [name for name, _ in start.named_parameters()]
         self.optimizer = torch.optim.Adam(self.weights, lr=cfg["lr"], foreach=False, fused=False)
-        self.buffer = torch.zeros(cfg["batch_size"] * cfg["buffer_mult"], 12, 768, dtype=torch.bfloat16, device=cfg["device"])
+        self.buffer = torch.zeros(cfg["batch_size"] * cfg["buffer_mult"], *shape, dtype=torch.bfloat16, device=cfg["device"])
 
-    def step(self, x: torch.Tensor) -> None:
+    def step(self, x: torch.Tensor) -> tuple[float, float, float]:
+        """-> l2, l1, l0"""
         w, x = dict(zip(self.names, self.weights)), x.float()
         acts = torch.relu(einops.einsum(x, w["W_enc"], "b l d, l d s -> b s") + w["b_enc"])
         x_hat = einops.einsum(acts, w["W_dec"], "b s, s l d -> b l d") + w["b_dec"]
@@ -52,13 +55,13 @@ class Reference:
         nn.utils.clip_grad_norm_(self.weights, 1.0)
         self.optimizer.step()
         self.optimizer.zero_grad()
-        _ = l2.item(), l1.item(), l0.item()
+        return l2.item(), l1.item(), l0.item()
 
     @torch.no_grad()
     def harvest(self, tokens: torch.Tensor) -> torch.Tensor:
         with torch.autocast(self.cfg["device"].split(":")[0], torch.bfloat16):
             _, cache = self.model.run_with_cache(tokens, names_filter=lambda name: name.endswith("resid_post"))
-        return torch.stack([cache["resid_post", layer] for layer in range(12)], dim=2)
+        return torch.stack([cache["resid_post", layer] for layer in range(self.model.cfg.n_layers)], dim=2)
 
     @torch.no_grad()
     def refill(self) -> None:
@@ -90,17 +93,16 @@ def synchronize() -> None:
 
 
 def peak_memory(part) -> float:
-    """The bytes that part needs at its peak beyond what was held before: on the GPU, or resident (Linux)."""
+    """The bytes of tensors that part needs at its peak beyond what was held before, as the allocator counts them."""
     if torch.cuda.is_available():
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
         part()
         return torch.cuda.max_memory_allocated() - before
-    Path("/proc/self/clear_refs").write_text("5")  # the peak so far is forgotten
-    before = int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-    part()
-    peak = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
-    return int(peak.split()[1]) * 1024 - before
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        part()
+    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
+    return max(itertools.accumulate(event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())))
 
 
 def machine_limits(device: str) -> tuple[float, float]:
@@ -156,10 +158,10 @@ def bench(cfg: dict, folder: str, flops: float, bandwidth: float, rounds: int) -
 
     batch, half = cfg["batch_size"], buffer.size // 2
     parameters = sum(p.numel() for p in trainer.crosscoder.parameters())
-    limit_step = 6 * 2 * batch * 12 * 768 * cfg["dict_size"] / flops + 28 * parameters / bandwidth
+    limit_step = 6 * 2 * batch * model.cfg.n_layers * model.cfg.d_model * cfg["dict_size"] / flops + 28 * parameters / bandwidth
     body = sum(p.numel() for name, p in model.original_model.named_parameters() if name.endswith("weight") and p.ndim == 2
                and "wte" not in name and "wpe" not in name and "lm_head" not in name)
-    limit_token = (2 * body + 2 * 2 * 12 * 768 * cfg["seq_len"] / 2) / flops  # and causal attention
+    limit_token = (2 * body + 2 * 2 * model.cfg.n_layers * model.cfg.d_model * cfg["seq_len"] / 2) / flops  # and causal attention
     limit_harvest = limit_token * tokens.numel()
     limit_refill = limit_token * half * cfg["seq_len"] / (cfg["seq_len"] - 1)
     parts = ours_step * steps + ours_harvest / tokens.numel() * half * cfg["seq_len"] / (cfg["seq_len"] - 1)
@@ -171,7 +173,8 @@ def bench(cfg: dict, folder: str, flops: float, bandwidth: float, rounds: int) -
         row("harvest", tokens.numel(), ours_harvest, ref_harvest, limit_harvest, None),
         row("refill", half, ours_refill, ref_refill, limit_refill, refill_memory),
         {**row("end to end", half, ours_all, ref_all, limit_step * steps + limit_refill, None),
-         "share_of_parts": parts / ours_all, "refill_memory_share_of_buffer": refill_memory / buffer.buffer.nbytes}]
+         "share_of_parts": parts / ours_all, "refill_memory_share_of_buffer": refill_memory / buffer.buffer.nbytes,
+         "bytes_a_parameter": 12 + step_memory / parameters}]
 
 
 def main() -> None:
@@ -191,7 +194,7 @@ def main() -> None:
         AutoTokenizer.from_pretrained(TINY / "base").save_pretrained(folder)
         for dict_size, seq_len in ((4096, 128), (4096, 1024)) if cpu else ((2**14, 1024), (2**16, 1024)):
             cfg = make_cfg(model_name=folder, device=device, enc_dtype="bf16", dict_size=dict_size, seq_len=seq_len,
-                           batch_size=512 if cpu else 4096, buffer_mult=16 if cpu else 64, num_tokens=10**9, eval_seqs=1,
+                           batch_size=512 if cpu else 4096, buffer_mult=64, num_tokens=10**9, eval_seqs=1,
                            model_batch_size=max(1, (1024 if cpu else 32768) // seq_len))
             rows += bench(cfg, folder, flops, bandwidth, args.rounds)
     if args.json:
@@ -205,7 +208,8 @@ def main() -> None:
               f"{row['share_of_limit']:>10.0%}{memory:>9}")
         if "share_of_parts" in row:
             print(f"{'':<12}end to end has {row['share_of_parts']:.0%} of the speed of harvest and step alone; a refill needs "
-                  f"{row['refill_memory_share_of_buffer']:.0%} of the buffer beyond it")
+                  f"{row['refill_memory_share_of_buffer']:.0%} of the buffer beyond it;\n{'':<12}weights, gradients, Adam, "
+                  f"the bf16 copy and a step's activations take {row['bytes_a_parameter']:.1f} bytes a parameter")
 
 
 if __name__ == "__main__":

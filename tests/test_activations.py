@@ -1,5 +1,6 @@
 import pytest
 import torch
+from transformer_lens.model_bridge import TransformerBridge
 
 from utils import TINY, get_sources, get_stacked_resids, load_models, make_cfg, source_names
 
@@ -8,26 +9,97 @@ def cfg_for(**overrides):
     return make_cfg(preset="tiny", enc_dtype="fp32", device="cpu", **overrides)
 
 
-@pytest.mark.parametrize("site", ["resid_post", "resid_pre", "resid_mid", "mlp_out", "attn_out", "post", "z"])
-@pytest.mark.parametrize("layers", ["all", "2,0"])
-def test_activations_equal_those_of_run_with_cache(models, tokens, site, layers):
-    cfg, batch = cfg_for(site=site, layers=layers), tokens[:3].long()
-    _, cache = models[0].run_with_cache(batch)
-    wanted = torch.stack([cache[source.hook].flatten(2) for source in get_sources(models, cfg)], dim=2)
+def transformer_lens_activations(folder, tokens, hooks, dtype=torch.float32):
+    """[batch, pos, hooks, d] as TransformerLens alone gives them, with its eager attention."""
+    plain = TransformerBridge.boot_transformers(str(folder), device="cpu", dtype=dtype)
+    _, cache = plain.run_with_cache(tokens.long())
+    return torch.stack([cache[hook].flatten(2) for hook in hooks], dim=2)
+
+
+def fused_parts(model):
+    """How many (attentions, normalisations, activation functions) are fused."""
+    names = [type(part).__name__ for part in model.original_model.modules() if "forward" in vars(part)]
+    return tuple(sum(kind in name for name in names) for kind in ("Attention", "Norm", "GELU"))
+
+
+@pytest.mark.parametrize("site, layers, fused", [
+    ("resid_post", "all", (4, 9, 4)), ("resid_pre", "2,0", (4, 9, 4)), ("mlp_out", "all", (4, 9, 4)), ("post", "2,0", (4, 9, 4)),
+    ("resid_mid", "all", (4, 5, 4)), ("resid_mid", "2,0", (4, 7, 4)),  # it is read where it enters ln2
+    ("z", "all", (0, 9, 4)), ("z", "2,0", (2, 9, 4)), ("attn_out", "all", (0, 9, 4))])  # a hook has to fire in there
+def test_activations_equal_those_of_run_with_cache(tokens, site, layers, fused):
+    cfg = cfg_for(site=site, layers=layers)
+    models, batch = load_models(cfg), tokens[:3]
+    wanted = transformer_lens_activations(TINY / "base", batch, [source.hook for source in get_sources(models, cfg)])
     assert [s.layer for s in get_sources(models, cfg)] == ([0, 1, 2, 3] if layers == "all" else [2, 0])
-    assert torch.equal(get_stacked_resids(models, batch, cfg), wanted)
+    assert fused_parts(models[0]) == fused
+    assert relative_error(get_stacked_resids(models, batch, cfg), wanted) < 1e-5
+
+
+@pytest.mark.parametrize("site", ["resid_post", "mlp_out", "z"])
+def test_bf16_activations_are_as_close_as_those_of_run_with_cache(tokens, site):
+    cfg = make_cfg(preset="tiny", enc_dtype="bf16", device="cpu", site=site)
+    models = load_models(cfg)
+    hooks = [source.hook for source in get_sources(models, cfg)]
+    wanted, plain = (transformer_lens_activations(TINY / "base", tokens[:8], hooks, dtype)[:, 1:].float()
+                     for dtype in (torch.float32, torch.bfloat16))
+    mine = get_stacked_resids(models, tokens[:8], cfg)[:, 1:].float()
+    assert 0 < (mine - wanted).norm() < 1.2 * (plain - wanted).norm()
+
+
+def relative_error(x, wanted):
+    """The largest over sources, positions and sequences."""
+    assert x.shape == wanted.shape
+    return ((x - wanted).norm(dim=-1) / wanted.norm(dim=-1)).max()
 
 
 def test_two_models_stack_one_after_the_other(tokens):
     cfg = cfg_for(model_name=f"{TINY / 'base'},{TINY / 'tuned'}", layers="1,3")
-    models, batch = load_models(cfg), tokens[:2].long()
-    resids = get_stacked_resids(models, batch, cfg)
-    for m, model in enumerate(models):
-        _, cache = model.run_with_cache(batch)
-        for i, layer in enumerate((1, 3)):
-            assert torch.equal(resids[:, :, 2 * m + i], cache[f"blocks.{layer}.hook_resid_post"])
-    assert not torch.equal(resids[:, :, 0], resids[:, :, 2])
+    resids = get_stacked_resids(load_models(cfg), tokens[:2], cfg)
+    hooks = [f"blocks.{layer}.hook_resid_post" for layer in (1, 3)]
+    for m, name in enumerate(("base", "tuned")):
+        wanted = transformer_lens_activations(TINY / name, tokens[:2], hooks)
+        assert relative_error(resids[:, :, 2 * m : 2 * m + 2], wanted) < 1e-5
+    assert relative_error(resids[:, :, :1], resids[:, :, 2:3]) > 0.1
     assert source_names(cfg, 4) == [f"{m}:resid_post.{l}" for m in ("base", "tuned") for l in (1, 3)]
+
+
+def test_a_place_inside_attention_needs_models_opened_for_it(models, tokens):
+    with pytest.raises(ValueError, match="site='z'.*blocks.0.attn.hook_z.*open the models with this cfg"):
+        get_stacked_resids(models, tokens[:1], cfg_for(site="z"))
+
+
+def test_attention_whose_logits_are_capped_stays_eager(tokens, tmp_path):
+    """Gemma 2's, which sdpa cannot compute; the cap is made so low that it matters."""
+    from transformers import AutoTokenizer, Gemma2Config, Gemma2ForCausalLM
+    torch.manual_seed(0)
+    Gemma2ForCausalLM(Gemma2Config(
+        num_hidden_layers=2, hidden_size=64, intermediate_size=128, num_attention_heads=2, num_key_value_heads=2,
+        head_dim=32, vocab_size=4096, attn_logit_softcapping=0.01, initializer_range=0.2)).save_pretrained(tmp_path)
+    AutoTokenizer.from_pretrained(TINY / "base").save_pretrained(tmp_path)
+    cfg = cfg_for(model_name=str(tmp_path))
+    models = load_models(cfg)
+    wanted = transformer_lens_activations(tmp_path, tokens[:2], [f"blocks.{i}.hook_resid_post" for i in range(2)])
+    assert fused_parts(models[0]) == (0, 0, 0)
+    assert torch.equal(get_stacked_resids(models, tokens[:2], cfg), wanted)
+
+
+def test_a_fused_attention_that_computes_something_else_is_not_used(tokens):
+    """The check itself, on a real model whose fused attention is made wrong from outside."""
+    from transformers import AttentionInterface
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    def wrong(module, query, key, value, *args, **kwargs):
+        return sdpa_attention_forward(module, query, key, -value, *args, **kwargs)
+
+    cfg = cfg_for()
+    wanted = get_stacked_resids(load_models(cfg), tokens[:2], cfg)
+    AttentionInterface.register("sdpa", wrong)
+    try:
+        models = load_models(cfg)
+        assert fused_parts(models[0]) == (0, 0, 0)
+        assert 0 < relative_error(get_stacked_resids(models, tokens[:2], cfg), wanted) < 1e-5
+    finally:
+        AttentionInterface.register("sdpa", sdpa_attention_forward)
 
 
 def test_one_model_twice_is_opened_once_and_named_apart():
@@ -37,11 +109,13 @@ def test_one_model_twice_is_opened_once_and_named_apart():
     assert source_names(cfg, 2) == ["0_base:resid_post.1", "1_base:resid_post.1"]
 
 
-def test_no_logits_and_no_layer_above_the_last_source_are_computed(models, tokens):
-    hf, ran = models[0].original_model, []
+def test_no_logits_and_no_layer_above_the_last_source_are_computed(tokens):
+    cfg = cfg_for(layers="0,1", site="resid_mid")
+    models, ran = load_models(cfg), []
+    hf = models[0].original_model
     handles = [module.register_forward_hook(lambda *_, name=name: ran.append(name))
                for name, module in [("head", hf.lm_head), *((i, block) for i, block in enumerate(hf.transformer.h))]]
-    get_stacked_resids(models, tokens[:1], cfg_for(layers="0,1", site="resid_mid"))
+    get_stacked_resids(models, tokens[:1], cfg)
     computed = set(ran)
     for handle in handles:
         handle.remove()
@@ -95,6 +169,6 @@ def test_sources_that_do_not_exist_or_fit_are_refused(other_models, overrides, s
 def test_a_llama_is_harvested_too(other_models, tokens):
     cfg = cfg_for(model_name=str(other_models / "llama"))
     models = load_models(cfg)
-    _, cache = models[0].run_with_cache(tokens[:2].long())
-    wanted = torch.stack([cache[f"blocks.{layer}.hook_resid_post"] for layer in range(2)], dim=2)
-    assert torch.equal(get_stacked_resids(models, tokens[:2], cfg), wanted)
+    wanted = transformer_lens_activations(other_models / "llama", tokens[:2], [f"blocks.{i}.hook_resid_post" for i in range(2)])
+    assert fused_parts(models[0]) == (2, 5, 0)
+    assert relative_error(get_stacked_resids(models, tokens[:2], cfg), wanted) < 1e-5

@@ -6,9 +6,10 @@ import sys
 import numpy as np
 import pytest
 
+import bench
 import train
 from conftest import ROOT
-from utils import CrossCoder, default_cfg
+from utils import CrossCoder, Trainer, default_cfg, load_models, make_cfg
 
 
 def test_help_lists_every_key_with_default_and_comment(capsys):
@@ -54,6 +55,36 @@ def test_bad_input_ends_in_one_line_and_exit_code_2_and_leaves_nothing(arguments
     key, _, value = arguments[-1].lstrip("-").partition("=")
     assert error[0].startswith(f"error: {LATE.get(arguments[-1], key)}") or arguments in (["2"], ["--l1_coeff"])
     assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize("large", [
+    {"dict_size": 2**14, "batch_size": 64}, {"batch_size": 2048, "dict_size": 256}, {"model_batch_size": 64, "eval_seqs": 64}])
+@pytest.mark.parametrize("enc_dtype", ["fp32", "bf16"])
+def test_memory_is_what_the_formula_says(cfg, tokens, large, enc_dtype):
+    """Whichever needs most: gradients, a step's activations, or the logits of an evaluation."""
+    cfg = {**cfg, "buffer_mult": 2, "model_batch_size": 4, "eval_seqs": 4, "enc_dtype": enc_dtype, **large}
+    models = load_models(cfg)
+    trainer = Trainer(cfg, models, tokens[:200])
+    wanted = train.get_memory(cfg, models, 4, 128)
+    trainer.step()
+    held = sum(p.nbytes for p in trainer.crosscoder.parameters()) * 3
+    assert wanted["weights and Adam"] == pytest.approx(held)
+    assert wanted["buffer"] == sum(t.nbytes for t in (trainer.buffer.buffer, trainer.buffer.order, trainer.buffer.row_numbers))
+    peak = max(map(bench.peak_memory, (trainer.buffer.refresh, trainer.step, trainer.evaluate)))
+    assert 0.8 < peak / wanted["at work"] < 1.15
+
+
+@pytest.mark.parametrize("large", ["--dict_size=50_000_000", "--buffer_mult=5_000_000", "--model_batch_size=10_000_000"])
+def test_a_run_that_does_not_fit_says_so_at_once_and_what_would(large, capfd):
+    assert train.main(["--preset=tiny", "--eval_seqs=1_000_000_000", large]) == 2
+    error = capfd.readouterr().err.splitlines()[-1]
+    key, most = re.search(r"what fits: (\w+)=(\d+)$", error).groups()
+    assert error.startswith("error: device='cpu'") and f"--{key}=" == large[: len(key) + 3]
+    cfg = make_cfg(preset="tiny", eval_seqs=10**9, device="cpu", **{key: int(most) * 9 // 10})  # others use memory too
+    models = load_models(cfg)
+    train.check_memory(cfg, models, 4, 128)
+    with pytest.raises(ValueError, match="what fits"):
+        train.check_memory({**cfg, key: int(most) * 11 // 10}, models, 4, 128)
 
 
 def test_as_a_process_bad_input_says_one_line_and_no_traceback(tmp_path):

@@ -1,3 +1,4 @@
+import copy
 import json
 import os
 import signal
@@ -40,6 +41,24 @@ def test_norm_factor_makes_the_mean_norm_sqrt_d_model(trainer):
 def test_published_norms_are_taken_for_the_layers_in_use(trainer, monkeypatch):
     trainer.cfg = {**trainer.cfg, "norm": "published", "layers": "0,2"}
     assert trainer.get_norm_factor().tolist() == pytest.approx([1.8281, 2.2031])
+
+
+def test_a_step_is_adam_on_gradients_clipped_to_a_norm_of_one(trainer):
+    plain = copy.deepcopy(trainer.crosscoder)
+    optimizer, norms = torch.optim.Adam(plain.parameters(), fused=False, foreach=False), []
+    batches = [trainer.buffer.next() for _ in range(6)]
+    trainer.buffer.next = iter(batches).__next__
+    for x in batches:
+        optimizer.param_groups[0]["lr"] = trainer.get_lr()
+        losses = plain.get_losses(x)
+        (losses.l2_loss + trainer.get_l1_coeff() * losses.l1_loss).backward()
+        norms.append(torch.nn.utils.clip_grad_norm_(plain.parameters(), 1.0).item())
+        optimizer.step()
+        optimizer.zero_grad()
+        assert trainer.step()["loss/grad_norm"].item() == pytest.approx(norms[-1], rel=1e-4)
+    assert max(norms) > 1
+    for mine, wanted in zip(trainer.crosscoder.parameters(), plain.parameters()):
+        assert torch.allclose(mine, wanted, rtol=1e-4, atol=1e-6)
 
 
 def test_the_same_seed_trains_to_the_same_numbers(cfg, models, tokens):
@@ -117,3 +136,12 @@ def test_the_tiny_run_learns(tiny_run):
     for layer in range(4):
         assert 0 < final[f"ce/delta_resid_post.{layer}"] < 0.2 * final[f"ce/ablated_resid_post.{layer}"]
     assert sorted(p.name for p in (folder / "checkpoints" / "version_0").glob("step_*")) == ["step_0000200", "step_0000390"]
+
+
+def test_the_tiny_run_ends_in_fp32_where_it_ends_in_bf16(tiny_run):
+    cfg = make_cfg(preset="tiny", num_tokens=200_000, enc_dtype="fp32", device="cpu", eval_every=10**6)
+    models = utils.load_models(cfg)
+    trainer = Trainer(cfg, models, utils.load_tokens(cfg, models[0].tokenizer))
+    final, bf16 = trainer.train(), json.loads(open(tiny_run[0] / "checkpoints" / "version_0" / "metrics.jsonl").readlines()[-1])
+    for key in ("fvu/all", "sparsity/l0"):
+        assert bf16[key] == pytest.approx(final[key], rel=0.01)

@@ -1,0 +1,32 @@
+import json
+
+import pytest
+
+import bench
+from utils import TINY, Trainer, get_stacked_resids, make_cfg
+
+
+def test_the_reference_computes_what_training_does(cfg, models, tokens):
+    trainer, reference = Trainer(cfg, models, tokens[:60]), bench.Reference(cfg, models[0], tokens[:60].long())
+    trainer.crosscoder.norm_factor.fill_(1)  # as in the published code, which scales the activations before
+    trainer.get_l1_coeff, trainer.get_lr = (lambda: cfg["l1_coeff"]), (lambda: cfg["lr"])
+    for _ in range(5):
+        x = trainer.buffer.next()
+        trainer.buffer.next = lambda: x
+        metrics = trainer.step()
+        del trainer.buffer.next
+        mine = [metrics[key].item() for key in ("loss/l2", "loss/l1", "sparsity/l0_batch")]
+        assert reference.step(x) == pytest.approx(mine, rel=1e-3)
+    close = (reference.harvest(tokens[:2].long()) - get_stacked_resids(models, tokens[:2], cfg)).norm(dim=-1).mean()
+    assert close < 0.05 * get_stacked_resids(models, tokens[:2], cfg).norm(dim=-1).mean()  # bf16 autocast
+
+
+def test_bench_measures_every_row():
+    cfg = make_cfg(preset="tiny", device="cpu", enc_dtype="bf16", dict_size=512, batch_size=128, buffer_mult=128,
+                   model_batch_size=4, eval_seqs=1)
+    rows = bench.bench(cfg, str(TINY / "base"), flops=1e15, bandwidth=1e15, rounds=1)
+    assert [row["what"] for row in rows] == ["train step", "harvest", "refill", "end to end"]
+    for row in rows:
+        assert row["tokens_per_s"] > 0 and row["times_reference"] > 0 and 0 < row["share_of_limit"] < 1
+    assert 0 < rows[-1]["refill_memory_share_of_buffer"] < 0.2 and rows[-1]["bytes_a_parameter"] > 12
+    json.dumps(rows)
