@@ -6,6 +6,7 @@
 import argparse
 import ctypes
 import math
+import os
 import re
 import resource
 import sys
@@ -14,8 +15,10 @@ import timeit
 from bisect import bisect_right
 from pathlib import Path
 
-if hasattr(libc := ctypes.CDLL(None), "mallopt"):  # glibc: freed memory is kept, not returned page by page,
-    libc.mallopt(-4, 0), libc.mallopt(-1, 2**31 - 1)  # M_MMAP_MAX, M_TRIM_THRESHOLD; faster on CPUs
+# A step on a CPU is a quarter faster where large tensors need no fresh pages, and large pages.
+if hasattr(libc := ctypes.CDLL(None), "mallopt"):  # glibc: M_MMAP_MAX, M_TRIM_THRESHOLD; keeps what is freed
+    libc.mallopt(-4, 0), libc.mallopt(-1, -1)
+os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # read by torch
 
 import psutil
 import torch

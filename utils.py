@@ -279,9 +279,8 @@ def _fuse(model: TransformerBridge, cfg: dict) -> None:
         config._attn_implementation, config.output_attentions = "sdpa", False
         for part, forward in fused.items():  # vars: an attribute set on a bridge would go to what it wraps
             vars(part)["forward"] = forward
-        resids = get_stacked_resids([model], tokens, cfg)[:, 1:].float()
-        error = ((resids - wanted).norm(dim=-1) / wanted.norm(dim=-1)).mean()
-        assert error < torch.finfo(DTYPES[cfg["enc_dtype"]]).eps ** 0.5  # half of the digits
+        error = (get_stacked_resids([model], tokens, cfg)[:, 1:] - wanted).norm(dim=-1) / wanted.norm(dim=-1)
+        assert error.mean() < torch.finfo(DTYPES[cfg["enc_dtype"]]).eps ** 0.5  # half of the digits
     except Exception:
         config._attn_implementation, config.output_attentions = "eager", True
         for part in fused:
@@ -322,20 +321,19 @@ def get_stacked_resids(models: list, tokens: Int[Tensor, "batch pos"], cfg: dict
     """Runs the models on tokens and stacks the activations of all sources, position 0 included.
     Sites with heads are flattened. Nothing above a model's last source is computed, so no logits either."""
     sources, tokens, seen, resids = get_sources(models, cfg), tokens.to(cfg["device"]).long(), set(), None
-    names = source_names(cfg, len(sources))
     for m, model in enumerate(models):
         mine = {i: source.hook for i, source in enumerate(sources) if source.model == m}
 
         def keep(act, hook, i):
             nonlocal resids
             if act.shape[:2] != tokens.shape:
-                raise bad("site", cfg["site"], f"{names[i]} is {list(act.shape)}, not [batch, pos, ...]")
+                raise bad("site", cfg["site"], f"{sources[i].hook}: {list(act.shape)}, not [batch, pos, ...]")
             act = act.flatten(2)
             if resids is None:  # the first source tells the width of all
                 resids = act.new_empty(*tokens.shape, len(sources), act.shape[2])
             if act.shape[2] != resids.shape[3]:
                 raise bad("model_name", cfg["model_name"], "all sources must share d_model, but it is "
-                          f"{resids.shape[3]} and, at {names[i]}, {act.shape[2]}")
+                          f"{resids.shape[3]} and, at {sources[i]}, {act.shape[2]}")
             resids[:, :, i] = act - act.mean(-1, keepdim=True) if cfg["center"] else act
             seen.add(i)
             if mine.keys() <= seen:
@@ -362,18 +360,19 @@ class _Product(torch.autograd.Function):
     """x @ W in the type of x, W cast once, and where W has three axes its norms over the last: in one place,
     as the gradients of both are then summed in place, without a second W."""
     @staticmethod
-    def forward(ctx, x, W):  # [batch, n], [n, m] or [n, n_layers, d_model]
+    def forward(ctx, x, W):  # [batch, ...] of n in all, [n, m] or [n, n_layers, d_model]
         cast, norms = W.flatten(1).to(x.dtype), W.norm(dim=-1) if W.ndim == 3 else None
         ctx.save_for_backward(x, W, norms, cast if ctx.needs_input_grad[0] else None)
-        return x @ cast, norms  # [batch, m or n_layers * d_model], [n, n_layers]
+        return x.flatten(1) @ cast, norms  # [batch, m or n_layers * d_model], [n, n_layers]
 
     @staticmethod
     def backward(ctx, grad, grad_norms):
         x, W, norms, cast = ctx.saved_tensors
-        grad_W = (x.T.contiguous() @ grad).float().view_as(W)  # contiguous: twice as fast on a CPU
+        x_T = x.movedim(0, -1).contiguous().flatten(0, -2)  # [n, batch]; contiguous is faster on CPUs
+        grad_W = (x_T @ grad).float().view_as(W)
         if norms is not None:
             grad_W.addcmul_(W, (grad_norms / norms.clamp(min=1e-30))[..., None])  # 0 where the norm is 0
-        return None if cast is None else grad @ cast.T, grad_W
+        return None if cast is None else (grad @ cast.T).view_as(x), grad_W
 
 
 class CrossCoder(nn.Module):
@@ -403,9 +402,11 @@ class CrossCoder(nn.Module):
 
     def encode(self, x: Float[Tensor, "... n_layers d_model"]) -> Float[Tensor, "... d_sae"]:
         """Raw activations to latent activations, in the compute type."""
-        x = (x / self.norm_factor[:, None]).to(self.dtype)
+        return self._encode(x / self.norm_factor[:, None])
+
+    def _encode(self, x: Float[Tensor, "... n_layers d_model"]) -> Float[Tensor, "... d_sae"]:
         W_enc = einops.rearrange(self.W_enc, "n_layers d_model d_sae -> (n_layers d_model) d_sae")
-        pre_acts, _ = _Product.apply(x.reshape(-1, len(W_enc)), W_enc)
+        pre_acts, _ = _Product.apply(x.reshape(-1, *x.shape[-2:]).to(self.dtype), W_enc)
         return F.relu(pre_acts.view(*x.shape[:-2], -1) + self.b_enc.to(self.dtype))
 
     def decode(self, acts: Float[Tensor, "... d_sae"]) -> Float[Tensor, "... n_layers d_model"]:
@@ -419,13 +420,13 @@ class CrossCoder(nn.Module):
 
     def get_losses(self, x: Float[Tensor, "batch n_layers d_model"]) -> LossOutput:
         """The losses on a batch of raw activations [O24]."""
-        acts, x = self.encode(x), x.float() / self.norm_factor[:, None]  # x is normalised from here on
+        x = x.float() / self.norm_factor[:, None]
+        acts = self._encode(x)
         x_hat, decoder_norms = _Product.apply(acts, self.W_dec)
-        l2_loss = (x_hat.view_as(x) + (self.b_dec - x)).pow(2).sum() / len(x)
+        l2_loss = F.mse_loss(x_hat.view_as(x) + self.b_dec, x, reduction="sum") / len(x)
         l1_loss = (acts.sum(0, dtype=torch.float32) * decoder_norms.sum(-1)).sum() / len(x)
-        with torch.no_grad():
-            fired = (acts > 0).sum(0)
-            variance = x.norm(dim=-1).pow(2).sum() / len(x) - x.mean(0).pow(2).sum()
+        fired = (acts > 0).sum(0, dtype=torch.int32)
+        variance = x.norm(dim=-1).pow(2).sum() / len(x) - x.mean(0).pow(2).sum()
         return LossOutput(l2_loss, l1_loss, fired.sum() / len(x), l2_loss.detach() / variance, fired)
 
     @torch.no_grad()
@@ -473,12 +474,11 @@ class Buffer:
         if self.rows_per_epoch < self.size:
             raise bad("buffer_mult", cfg["buffer_mult"], f"{self.size:,} rows in the buffer, but only "
                       f"{self.rows_per_epoch:,} in the text; lower it, or give more text")
-        n_layers, d_model = get_stacked_resids(models, all_tokens[:1, :2], cfg).shape[2:]
-        place = torch.device(cfg["buffer_device"])
-        self.buffer = torch.empty(self.size, n_layers, d_model, dtype=DTYPES[cfg["enc_dtype"]], device=place)
-        self.pinned = place.type == "cpu" and cfg["device"].startswith("cuda")  # then copies overlap the step
-        self.row_numbers = torch.zeros(self.size, dtype=torch.long, device=place)  # of the row in each slot
-        self.order = torch.arange(self.size, device=place)  # the slots, as they will be served
+        shape = get_stacked_resids(models, all_tokens[:1, :2], cfg).shape[2:]  # n_layers, d_model
+        self.buffer = torch.empty(self.size, *shape, dtype=DTYPES[cfg["enc_dtype"]], device=cfg["buffer_device"])
+        self.pinned = cfg["device"].startswith("cuda") and not self.buffer.is_cuda  # so that copies overlap
+        self.order = torch.arange(self.size, device=self.buffer.device)  # the slots, as they will be served
+        self.row_numbers = torch.zeros_like(self.order)  # of the row in each slot
         self.pointer = self.size  # how many of them are served: at first all are free
         self.next_row = 0  # the first that is not yet harvested
         self.rows_served = self.rows_replayed = 0  # replayed: served in an epoch after the first
@@ -498,6 +498,7 @@ class Buffer:
                 acts = acts[max(self.next_row - seq * self.positions, 0) : end - seq * self.positions]
                 self.buffer[slots[filled : filled + len(acts)]] = acts.to(self.buffer.device)
                 filled += len(acts)
+            del resids, acts  # before the next are made
         assert filled == len(slots), f"refilled {filled} of {len(slots)} rows"
         self.row_numbers[slots] = torch.arange(self.next_row, end, device=slots.device)
         self.order = torch.randperm(self.size, generator=self.generator).to(slots.device)
