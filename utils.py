@@ -474,8 +474,8 @@ class Buffer:
         if self.rows_per_epoch < self.size:
             raise bad("buffer_mult", cfg["buffer_mult"], f"{self.size:,} rows in the buffer, but only "
                       f"{self.rows_per_epoch:,} in the text; lower it, or give more text")
-        shape = get_stacked_resids(models, all_tokens[:1, :2], cfg).shape[2:]  # n_layers, d_model
-        self.buffer = torch.empty(self.size, *shape, dtype=DTYPES[cfg["enc_dtype"]], device=cfg["buffer_device"])
+        few = get_stacked_resids(models, all_tokens[:1, :2], cfg)  # [1, 2, n_layers, d_model]
+        self.buffer = few.new_empty(self.size, *few.shape[2:], device=cfg["buffer_device"])
         self.pinned = cfg["device"].startswith("cuda") and not self.buffer.is_cuda  # so that copies overlap
         self.order = torch.arange(self.size, device=self.buffer.device)  # the slots, as they will be served
         self.row_numbers = torch.zeros_like(self.order)  # of the row in each slot

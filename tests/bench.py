@@ -133,6 +133,7 @@ def bench(cfg: dict, folder: str, flops: float, bandwidth: float, rounds: int) -
     tokens = all_tokens[: cfg["model_batch_size"]].to(cfg["device"])
     ours_harvest, ref_harvest = timed(lambda: get_stacked_resids([model], tokens, cfg),
                                       lambda: reference.harvest(tokens), rounds=rounds)
+    harvest_memory = peak_memory(lambda: get_stacked_resids([model], tokens, cfg))
 
     def refill() -> None:
         buffer.pointer = buffer.size // 2
@@ -167,12 +168,12 @@ def bench(cfg: dict, folder: str, flops: float, bandwidth: float, rounds: int) -
     parts = ours_step * steps + ours_harvest / tokens.numel() * half * cfg["seq_len"] / (cfg["seq_len"] - 1)
     row = lambda what, tokens, ours, ref, limit, memory: {
         "what": what, "size": size, "tokens_per_s": tokens / ours, "times_reference": ref / ours,
-        "share_of_limit": limit / ours, "peak_gb": memory / 1e9 if memory is not None else None}
+        "share_of_limit": limit / ours, "peak_gb": memory / 1e9}
     return [
         row("train step", batch, ours_step, ref_step, limit_step, step_memory),
-        row("harvest", tokens.numel(), ours_harvest, ref_harvest, limit_harvest, None),
+        row("harvest", tokens.numel(), ours_harvest, ref_harvest, limit_harvest, harvest_memory),
         row("refill", half, ours_refill, ref_refill, limit_refill, refill_memory),
-        {**row("end to end", half, ours_all, ref_all, limit_step * steps + limit_refill, None),
+        {**row("end to end", half, ours_all, ref_all, limit_step * steps + limit_refill, max(step_memory, refill_memory)),
          "share_of_parts": parts / ours_all, "refill_memory_share_of_buffer": refill_memory / buffer.buffer.nbytes,
          "bytes_a_parameter": 12 + step_memory / parameters}]
 
@@ -203,9 +204,8 @@ def main() -> None:
     print(f"bf16 products {flops / 1e12:.2f} TFLOP/s, copies {bandwidth / 1e9:.0f} GB/s, {torch.get_num_threads()} threads, "
           f"torch {torch.__version__}\n{'':<12}{'dict x seq':>14}{'tokens/s':>12}{'x reference':>13}{'of limit':>10}{'peak GB':>9}")
     for row in rows:
-        memory = f"{row['peak_gb']:.2f}" if row["peak_gb"] is not None else ""
         print(f"{row['what']:<12}{row['size']:>14}{row['tokens_per_s']:>12,.0f}{row['times_reference']:>13.2f}"
-              f"{row['share_of_limit']:>10.0%}{memory:>9}")
+              f"{row['share_of_limit']:>10.0%}{row['peak_gb']:>9.2f}")
         if "share_of_parts" in row:
             print(f"{'':<12}end to end has {row['share_of_parts']:.0%} of the speed of harvest and step alone; a refill needs "
                   f"{row['refill_memory_share_of_buffer']:.0%} of the buffer beyond it;\n{'':<12}weights, gradients, Adam, "

@@ -61,6 +61,21 @@ def test_a_step_is_adam_on_gradients_clipped_to_a_norm_of_one(trainer):
         assert torch.allclose(mine, wanted, rtol=1e-4, atol=1e-6)
 
 
+def test_a_step_reads_nothing_back_from_the_device(trainer):
+    """On the meta device tensors have no values: reading one would raise."""
+    buffer, trainer.crosscoder = trainer.buffer, trainer.crosscoder.to("meta")
+    buffer.cfg = {**buffer.cfg, "device": "meta"}
+    for name in ("buffer", "order", "row_numbers"):
+        setattr(buffer, name, getattr(buffer, name).to("meta"))
+    trainer.tokens_since_fired = trainer.tokens_since_fired.to("meta")
+    trainer.optimizer = torch.optim.Adam(trainer.crosscoder.parameters())  # the fused one has no meta,
+    trainer.optimizer.register_step_pre_hook(lambda adam, *_: delattr(adam, "grad_scale"))  # this no scale
+    for _ in range(3):
+        metrics = trainer.step()
+    for key in ("loss/total", "loss/grad_norm", "fvu/batch", "sparsity/l0_batch", "data/rows_replayed"):
+        assert metrics[key].is_meta
+
+
 def test_the_same_seed_trains_to_the_same_numbers(cfg, models, tokens):
     runs = [Trainer(cfg, models, tokens[:60]) for _ in range(2)]
     losses = [[trainer.step()["loss/total"].item() for _ in range(20)] for trainer in runs]
