@@ -127,8 +127,8 @@ for index in acts.flatten().argsort(descending=True)[:12].tolist():
 # %% Steer with a latent: add its decoder vector to one source while the model writes
 latent, source, strength = int(dec_norms.sum(1).argmax()), len(sources) // 2, 4.0
 model, hook = models[sources[source].model], sources[source].hook
-direction = (crosscoder.W_dec[latent, source] * crosscoder.norm_factor[source]).to(cfg["device"])
-direction *= crosscoder.norm_factor[source] * math.sqrt(len(direction)) / direction.norm()  # as long as a mean x
+direction = torch.nn.functional.normalize(crosscoder.W_dec[latent, source], dim=0).to(cfg["device"])
+direction *= crosscoder.norm_factor[source] * math.sqrt(len(direction))  # now as long as a mean x
 
 
 def steer(act, hook, strength):

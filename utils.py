@@ -11,6 +11,7 @@ import difflib
 import itertools
 import json
 import math
+import re
 import shutil
 import sys
 import tempfile
@@ -138,7 +139,7 @@ def _fill_and_check(cfg: dict) -> None:
         if cfg[key] == "auto":
             cfg[key] = best if key == "device" else cfg["device"]
         try:
-            torch.empty(1, device=cfg[key])
+            cfg[key] = str(torch.empty(1, device=cfg[key]).device)  # cuda is cuda:0
         except (RuntimeError, AssertionError):
             raise bad(key, cfg[key], f"not on this machine; give auto, or {best}") from None
     cuda, cpu = cfg["device"].startswith("cuda"), getattr(torch.cpu, "get_capabilities", dict)()
@@ -155,6 +156,8 @@ def _fill_and_check(cfg: dict) -> None:
     for key, value in (("model_name", "gpt2"), ("site", "resid_post"), ("center", True)):
         if cfg["norm"] == "published" and cfg[key] != value:
             raise bad("norm", "published", f"made for {key}={value}; give that, or norm=estimate")
+    if cfg["center"] and not re.fullmatch("resid_.*|.*_out", cfg["site"]):
+        raise bad("center", True, f"{cfg['site']} is not in the residual stream; give false")
     folder = next(parent for parent in Path(cfg["save_dir"], "version").absolute().parents if parent.exists())
     try:
         tempfile.TemporaryFile(dir=folder).close()  # only writing tells
@@ -190,12 +193,13 @@ def _tokenise(cfg: dict, tokenizer) -> Path:
     """Tokenises as much of the dataset as the run needs, unless that was done before. -> the cache file
     A row is BOS and then a piece of the documents laid end to end, EOS after each."""
     (name, _, revision), width = cfg["dataset"].partition("@"), cfg["seq_len"] - 1
-    n_seqs = math.ceil(cfg["num_tokens"] / width) + cfg["eval_seqs"]
+    n_rows = cfg["num_tokens"] + cfg["batch_size"] * cfg["buffer_mult"]  # the buffer reads ahead
+    n_seqs = math.ceil(n_rows / width) + cfg["eval_seqs"]
     bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
     bos, eos = (eos if bos is None else bos), (bos if eos is None else eos)
     files = sorted((str(file), file.stat().st_mtime_ns) for file in Path(name).glob("**/*"))  # none on a hub
     whole_files = {"sample_by": "document"} if any(file.endswith(".txt") for file, _ in files) else {}
-    identity = [name, revision, files, width, n_seqs, bos, tokenizer.get_vocab()]
+    identity = [name, revision, files, width, n_seqs, bos, eos, tokenizer.get_vocab()]
     cache = Path(HF_HOME, "crosscoder_tokens", datasets.fingerprint.Hasher.hash(identity) + ".npy")
     if cache.exists():
         return cache
@@ -233,58 +237,6 @@ def atomically(path: Path) -> Iterator[Path]:
 
 # ---- Activations -----------------------------------------------------------------------------------------
 Source = namedtuple("Source", "model layer hook")  # which of the models, which layer, the hook point's name
-
-
-def load_models(cfg: dict) -> list[TransformerBridge]:
-    """Opens the models of cfg["model_name"], each once, in the compute type.
-
-    Raises ValueError where one cannot be opened, its context is too short, a layer or site does not exist, or
-    the models' tokenizers or the sources' widths differ."""
-    names, opened = cfg["model_name"].split(","), {}
-    for name in dict.fromkeys(names):
-        try:
-            opened[name] = TransformerBridge.boot_transformers(
-                name, device=cfg["device"], dtype=DTYPES[cfg["enc_dtype"]])
-            opened[name].original_model.config.use_cache = False  # keys and values that nobody would read
-        except Exception as error:
-            raise bad("model_name", name, f"cannot be opened ({error!r:.200}); {NO_HUB}") from None
-    models = [opened[name] for name in names]
-    for name, model in zip(names, models):
-        if cfg["seq_len"] > (model.cfg.n_ctx or math.inf):
-            raise bad("seq_len", cfg["seq_len"], f"the context of {name} is {model.cfg.n_ctx}")
-        if cfg["center"] and model.cfg.normalization_type != "LN":
-            raise bad("center", True, f"{name} has no LayerNorm: its mean over d_model matters; give false")
-        if differ := sorted(model.tokenizer.get_vocab().items() ^ models[0].tokenizer.get_vocab().items()):
-            raise bad("model_name", cfg["model_name"], "models must share a tokenizer; those of "
-                      f"{names[0]} and {name} differ in {len(differ)} entries, first {differ[0][0]!r}")
-    get_stacked_resids(models, torch.zeros(1, 2), cfg)  # raises where the sources do not fit together
-    for name, model in opened.items():
-        _fuse(model, {**cfg, "model_name": name})
-    return models
-
-
-def _fuse(model: TransformerBridge, cfg: dict) -> None:
-    """Puts the model's own fused attention and normalisation back, which TransformerLens takes apart so that
-    hooks inside them fire: where no source is inside, and as long as the activations stay the same."""
-    own, config = model.original_model, model.original_model.config
-    hooks = {model.hook_dict[source.hook] for source in get_sources([model], cfg)}
-    tokens = torch.randint(model.cfg.d_vocab, (1, cfg["seq_len"]), generator=torch.Generator().manual_seed(0))
-    wanted = get_stacked_resids([model], tokens, cfg)[:, 1:].float()
-    fused = {part: part.original_component.forward for part in own.modules()
-             if isinstance(part, (AttentionBridge, NormalizationBridge)) and hooks.isdisjoint(part.modules())}
-    fused |= {part: partial(F.gelu, approximate="tanh") for part in own.modules()
-              if isinstance(part, NewGELUActivation)}
-    try:
-        assert own._supports_sdpa and not getattr(config, "attn_logit_softcapping", None)  # sdpa cannot cap
-        config._attn_implementation, config.output_attentions = "sdpa", False
-        for part, forward in fused.items():  # vars: an attribute set on a bridge would go to what it wraps
-            vars(part)["forward"] = forward
-        error = (get_stacked_resids([model], tokens, cfg)[:, 1:] - wanted).norm(dim=-1) / wanted.norm(dim=-1)
-        assert error.mean() < torch.finfo(DTYPES[cfg["enc_dtype"]]).eps ** 0.5  # half of the digits
-    except Exception:
-        config._attn_implementation, config.output_attentions = "eager", True
-        for part in fused:
-            vars(part).pop("forward", None)
 
 
 def get_sources(models: list, cfg: dict) -> list[Source]:
@@ -344,6 +296,60 @@ def get_stacked_resids(models: list, tokens: Int[Tensor, "batch pos"], cfg: dict
                 tokens, return_type=None, fwd_hooks=[(hook, partial(keep, i=i)) for i, hook in mine.items()])
             raise bad("site", cfg["site"], f"{list(mine.values())} not seen; open the models with this cfg")
     return resids
+
+
+def load_models(cfg: dict) -> list[TransformerBridge]:
+    """Opens the models of cfg["model_name"], each once, in the compute type.
+
+    Raises ValueError where one cannot be opened, its context is too short, a layer or site does not exist, or
+    the models' tokenizers or the sources' widths differ."""
+    names, opened = cfg["model_name"].split(","), {}
+    for name in dict.fromkeys(names):
+        try:
+            opened[name] = TransformerBridge.boot_transformers(
+                name, device=cfg["device"], dtype=DTYPES[cfg["enc_dtype"]])
+            opened[name].original_model.config.use_cache = False  # keys and values that nobody would read
+        except Exception as error:
+            raise bad("model_name", name, f"cannot be opened ({error!r:.200}); {NO_HUB}") from None
+    models = [opened[name] for name in names]
+    for name, model in zip(names, models):
+        if cfg["seq_len"] > (model.cfg.n_ctx or math.inf):
+            raise bad("seq_len", cfg["seq_len"], f"the context of {name} is {model.cfg.n_ctx}")
+        if cfg["center"] and model.cfg.normalization_type != "LN":
+            raise bad("center", True, f"{name} has no LayerNorm: its mean over d_model matters; give false")
+        if differ := sorted(model.tokenizer.get_vocab().items() ^ models[0].tokenizer.get_vocab().items()):
+            raise bad("model_name", cfg["model_name"], "models must share a tokenizer; those of "
+                      f"{names[0]} and {name} differ in {len(differ)} entries, first {differ[0][0]!r}")
+    get_stacked_resids(models, torch.zeros(1, 2), cfg)  # raises where the sources do not fit together
+    for model in opened.values():
+        _fuse(model, cfg)
+    return models
+
+
+def _fuse(model: TransformerBridge, cfg: dict) -> None:
+    """Puts the model's own fused attention and normalisation back, which TransformerLens takes apart so that
+    hooks inside them fire: where no source is inside, and as long as the activations stay close."""
+    own, config = model.original_model, model.original_model.config
+    hooks = {model.hook_dict[source.hook] for source in get_sources([model], cfg)}
+    tokens = torch.randint(model.cfg.d_vocab, (1, cfg["seq_len"]), generator=torch.Generator().manual_seed(0))
+    wanted = get_stacked_resids([model], tokens, cfg)[:, 1:].float()
+    sdpa = own._supports_sdpa and not getattr(config, "attn_logit_softcapping", None)  # which it cannot do
+    kinds = (NormalizationBridge, AttentionBridge) if sdpa else NormalizationBridge
+    fused = {part: part.original_component.forward for part in own.modules()
+             if isinstance(part, kinds) and hooks.isdisjoint(part.modules())}
+    fused |= {part: partial(F.gelu, approximate="tanh") for part in own.modules()
+              if isinstance(part, NewGELUActivation)}
+    try:
+        if sdpa:
+            config._attn_implementation, config.output_attentions = "sdpa", False
+        for part, forward in fused.items():  # vars: an attribute set on a bridge would go to what it wraps
+            vars(part)["forward"] = forward
+        error = (get_stacked_resids([model], tokens, cfg)[:, 1:] - wanted).norm(dim=-1) / wanted.norm(dim=-1)
+        assert error.mean() < torch.finfo(DTYPES[cfg["enc_dtype"]]).eps ** 0.5  # 9% in bf16
+    except Exception:
+        config._attn_implementation, config.output_attentions = "eager", True
+        for part in fused:
+            vars(part).pop("forward", None)
 
 
 # ---- CrossCoder ------------------------------------------------------------------------------------------
@@ -407,7 +413,7 @@ class CrossCoder(nn.Module):
     def _encode(self, x: Float[Tensor, "... n_layers d_model"]) -> Float[Tensor, "... d_sae"]:
         W_enc = einops.rearrange(self.W_enc, "n_layers d_model d_sae -> (n_layers d_model) d_sae")
         pre_acts, _ = _Product.apply(x.reshape(-1, *x.shape[-2:]).to(self.dtype), W_enc)
-        return F.relu(pre_acts.view(*x.shape[:-2], -1) + self.b_enc.to(self.dtype))
+        return F.relu(pre_acts.view(*x.shape[:-2], len(self.b_enc)) + self.b_enc.to(self.dtype))
 
     def decode(self, acts: Float[Tensor, "... d_sae"]) -> Float[Tensor, "... n_layers d_model"]:
         """Latent activations to raw reconstructions, in fp32."""
@@ -527,8 +533,9 @@ def get_stats(crosscoder: CrossCoder, models: list, tokens: Int[Tensor, "n_seqs 
     mean [n_layers, d_model]: E x. l0: active latents a token. freqs [d_sae]: how often each is active"""
     n, totals = 0, None
     for batch in tokens.split(cfg["model_batch_size"]):
-        x = get_stacked_resids(models, batch, cfg)[:, 1:].flatten(0, 1).float()  # [rows, n_layers, d_model]
+        x = get_stacked_resids(models, batch, cfg)[:, 1:].flatten(0, 1)  # [rows, n_layers, d_model]
         for rows in x.split(cfg["batch_size"]):
+            rows = rows.float()
             acts = crosscoder.encode(rows)
             rows_hat = crosscoder.decode(acts)
             sums = (rows.sum(0), rows.pow(2).sum((0, 2)), (rows - rows_hat).pow(2).sum((0, 2)),
@@ -536,6 +543,7 @@ def get_stats(crosscoder: CrossCoder, models: list, tokens: Int[Tensor, "n_seqs 
             sums = [each.cpu().double() for each in sums]
             totals = [total + each for total, each in zip(totals, sums)] if totals else sums
             n += len(rows)
+        del x  # before the next is made
     x_sum, squares, errors, norms, norms_hat, fires = totals
     variances = squares - x_sum.pow(2).sum(-1) / n  # [n_layers]
     weights = crosscoder.norm_factor.cpu().double().pow(-2)
@@ -547,11 +555,18 @@ def get_stats(crosscoder: CrossCoder, models: list, tokens: Int[Tensor, "n_seqs 
 def get_ce(model, tokens: Int[Tensor, "batch pos"], splices: list[tuple[str, Tensor]] = []) -> float:
     """Mean next-token cross-entropy in nats, each (hook name, activations [batch, pos, d_model]) of splices
     standing in for the model's own activations. Position 0 keeps its own."""
-    def splice(act, hook, new):
-        return torch.cat([act[:, :1], new[:, 1:].to(act).reshape(act[:, 1:].shape)], dim=1)
+    changes, hooks = {}, []
 
-    logits = model.run_with_hooks(
-        tokens, return_type="logits", fwd_hooks=[(hook, partial(splice, new=new)) for hook, new in splices])
+    def splice(act, hook, new, name):
+        spliced = torch.cat([act[:, :1], new[:, 1:].to(act).reshape(act[:, 1:].shape)], dim=1)
+        changes[name] = spliced - act
+        return spliced
+
+    for name, new in splices:
+        hooks.append((name, partial(splice, new=new, name=name)))
+        if name.endswith("resid_mid"):  # the hook is on what the MLP reads; what goes round it changes too
+            hooks.append((name.replace("mid", "post"), lambda act, hook, name=name: act + changes[name]))
+    logits = model.run_with_hooks(tokens, return_type="logits", fwd_hooks=hooks)
     each = [F.cross_entropy(row[:-1].float(), ids[1:]) for row, ids in zip(logits, tokens)]  # less memory
     return torch.stack(each).mean().item()
 
@@ -579,6 +594,7 @@ def evaluate(crosscoder: CrossCoder, models: list, tokens: Int[Tensor, "n_seqs s
                 splices[m].append((hook, act))
             together = [get_ce(model, batch, splice) for model, splice in zip(models, splices)]
             ces[f"ce/{kind}_all"] = np.mean(together) - np.mean(clean)
+        del x, x_hat  # before the next are made
         for key, ce in ces.items():
             metrics[key] = metrics.get(key, 0.0) + float(ce) * len(batch) / len(tokens)
     return metrics
@@ -612,7 +628,7 @@ class Trainer:
     def get_lr(self) -> float:
         """Up over the first 5% of the steps, then flat, then down to zero over the last 20% [A24]."""
         done = self.step_counter / self.total_steps
-        return self.cfg["lr"] * min(1.0, (done + 1 / self.total_steps) / 0.05, (1 - done) / 0.2)
+        return self.cfg["lr"] * max(0.0, min(1.0, (done + 1 / self.total_steps) / 0.05, (1 - done) / 0.2))
 
     def get_l1_coeff(self) -> float:
         """Up over the first 5% of the steps, then flat [A24]."""
@@ -625,7 +641,10 @@ class Trainer:
         loss = losses.l2_loss + l1_coeff * losses.l1_loss
         loss.backward()
         grad_norm = nn.utils.get_total_norm([p.grad.norm(dim=-1) for p in self.crosscoder.parameters()])
-        self.optimizer.grad_scale = grad_norm.clamp(min=1.0)  # Adam divides by it: clipped at a norm of 1
+        if grad_norm.is_mps:  # whose fused Adam may ignore grad_scale
+            nn.utils.clip_grads_with_norm_(self.crosscoder.parameters(), 1.0, grad_norm)
+        else:  # Adam divides by it: clipped at a norm of 1
+            self.optimizer.grad_scale = grad_norm.clamp(min=1.0)
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.tokens_since_fired.add_(self.cfg["batch_size"]).masked_fill_(losses.fired > 0, 0)

@@ -53,6 +53,7 @@ def test_every_auto_is_filled_in_and_the_default_is_the_published_recipe():
     (dict(device="cuda:99"), "cpu"),
     (dict(device="abacus"), "cpu"),
     (dict(norm="published"), "center=True"),
+    (dict(center=True, site="z"), "z is not in the residual stream"),
     (dict(norm="published", model_name="gpt2-xl", center=True), "model_name=gpt2"),
 ])
 def test_a_wrong_value_is_refused_by_key_value_and_remedy(overrides, said):

@@ -80,6 +80,18 @@ def test_a_perfect_reconstruction_costs_nothing_and_the_mean_costs_much(tokens, 
         assert name == "all" or metrics[f"norm_ratio/{name}"] == pytest.approx(1, abs=1e-4)
 
 
+def test_a_splice_at_resid_mid_also_changes_what_goes_round_the_mlp(held_out, cfg):
+    """The same as attention writing what is missing."""
+    models, others = (load_models({**cfg, "site": site}) for site in ("resid_mid", "attn_out"))
+    batch = held_out.long()
+    mid, pre = (get_stacked_resids(models, batch, {**cfg, "site": f"resid_{site}"})[:, :, 1] for site in ("mid", "pre"))
+    new = mid.mean((0, 1)).expand_as(mid)
+    as_attention = new - pre
+    wanted = get_ce(others[0], batch, [("blocks.1.hook_attn_out", as_attention)])
+    assert get_ce(models[0], batch, [("blocks.1.hook_resid_mid", new)]) == pytest.approx(wanted, rel=1e-5)
+    assert wanted > get_ce(models[0], batch) + 1
+
+
 def test_ce_is_each_models_own(tokens, cfg):
     cfg = make_cfg(**{**cfg, "model_name": f"{TINY / 'base'},{TINY / 'tuned'}", "layers": "2"})
     models = load_models(cfg)

@@ -99,8 +99,8 @@ def test_the_second_run_starts_from_the_cache_and_changed_text_does_not(tmp_path
 
 def test_no_more_text_is_tokenised_than_the_run_needs(tmp_path, tokenizer):
     write_texts(tmp_path / "text", "txt")
-    cfg = cfg_for(tokens="", dataset=str(tmp_path / "text"), seq_len=32, num_tokens=64, batch_size=32, eval_seqs=1)
-    assert load_tokens(cfg, tokenizer).shape == (4, 32)  # 64 rows at 31 a sequence, and one held out
+    cfg = cfg_for(tokens="", dataset=str(tmp_path / "text"), seq_len=32, num_tokens=64, batch_size=32, buffer_mult=2, eval_seqs=1)
+    assert load_tokens(cfg, tokenizer).shape == (6, 32)  # 64 rows and the buffer's 64 at 31 a sequence, one held out
 
 
 def test_text_that_cannot_be_used_is_refused_and_leaves_nothing(tmp_path, tokenizer):
