@@ -8,11 +8,16 @@ import ctypes
 import math
 import os
 import re
+import json
 import resource
+import shutil
+import signal
+import subprocess
 import sys
 import time
 import timeit
 from bisect import bisect_right
+from importlib.metadata import distributions
 from pathlib import Path
 
 # A step on a CPU is a quarter faster where large tensors need no fresh pages, and large pages.
@@ -171,18 +176,41 @@ def results(cfg: dict, metrics: dict[str, float], n_layers: int) -> str:
     return "\n".join(lines)
 
 
+def note_start(folder: Path) -> None:
+    """Adds to starts.jsonl in a run's folder what this process is: command line, git commit, versions."""
+    git = ["git", "-C", Path(__file__).parent, "describe", "--always", "--dirty", "--abbrev=40"]
+    commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() if shutil.which("git") else ""
+    versions = {each.name: each.version for each in distributions()}
+    start = {"time": time.ctime(), "command": sys.orig_argv, "python": sys.version, "commit": commit, "versions": versions}
+    with open(folder / "starts.jsonl", "a") as file:
+        file.write(json.dumps(start) + "\n")
+
+
+def stop_on_signals(trainer: Trainer) -> None:
+    """Lets SIGINT and SIGTERM end the training after the step; a second signal ends the process at once."""
+    def stop(number: int, frame) -> None:
+        trainer.stop = SystemExit(128 + number)
+        for each in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(each, signal.SIG_DFL)
+
+    for each in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(each, stop)
+
+
 def main(argv: list[str]) -> int:
-    """One run. -> exit code: 0, 2 for a user's mistake, 130 after Ctrl-C"""
+    """One run. -> exit code: 0, 1 where the numbers broke down, 2 for a user's mistake, 130 or 143 after a signal"""
     try:
         start, cfg = time.time(), make_cfg(**parse_overrides(argv))
         models = load_models(cfg)
         print(header(cfg, models), flush=True)
         all_tokens = load_tokens(cfg, models[0].tokenizer)
         trainer = Trainer(cfg, models, all_tokens)
+        note_start(trainer.run_dir)
+        stop_on_signals(trainer)
         metrics = trainer.train()
-    except ValueError as error:
+    except (ValueError, FloatingPointError) as error:
         print(f"error: {error}", file=sys.stderr)
-        return 2
+        return 2 if isinstance(error, ValueError) else 1
     except KeyboardInterrupt:
         return 130
     print(results(cfg, metrics, len(trainer.crosscoder.b_dec)))

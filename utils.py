@@ -1,17 +1,20 @@
 """Sparse crosscoders: dictionaries whose latents read from and write to several places of language models.
 
-In reading order: config, tokens, activations, crosscoder, buffer, evaluation, trainer. The n_layers axis is a
-list of sources, each one (model, hook point): all layers of GPT-2 Small, or one layer of base and of chat.
+In reading order: config, files, tokens, activations, crosscoder, buffer, evaluation, trainer. The n_layers
+axis is a list of sources, each one (model, hook point): all layers of GPT-2 Small, a layer of base and chat.
 
 [O24] Anthropic, Sparse Crosscoders for Cross-Layer Features and Model Diffing, October 2024.
 [A24] Anthropic, Circuits Updates, April 2024: how dictionaries are initialised and trained.
 [N24] Nanda, the published GPT-2 Small acausal crosscoders, 2024: github.com/neelnanda-io/Crosscoders.
 """
 import difflib
+import hashlib
 import itertools
 import json
 import math
+import os
 import re
+import secrets
 import shutil
 import sys
 import tempfile
@@ -24,6 +27,7 @@ from typing import Iterator, NamedTuple
 
 import datasets.fingerprint
 import einops
+import filelock
 import numpy as np
 import safetensors.torch
 import torch
@@ -46,6 +50,8 @@ default_cfg = {
     "device": "auto",  # cuda, cuda:1, mps or cpu; auto takes the first there is
     "save_dir": "checkpoints",  # folder in which each run makes its own, version_N
     "save_every": 100_000,  # steps between checkpoints; one is always written at the end
+    "keep": 3,  # how many of a run's checkpoints are kept, the newest
+    "resume": "",  # what to go on with: a run's folder, one of its checkpoints, or latest: save_dir's newest
     "log_every": 100,  # steps between logged metrics
     "eval_every": 10_000,  # steps between evaluations on the held-out sequences
     "eval_seqs": 64,  # sequences at the end of the tokens that are held out from training
@@ -87,8 +93,12 @@ PRESETS = {
 }
 NO_HUB = "where there is no hub give a local folder, or preset=tiny"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+MOST_SKIPPED = 10  # steps in a row before a run stops
 CHOICES = {"preset": tuple(PRESETS), "enc_dtype": ("auto", *DTYPES), "norm": ("estimate", "published"),
            "wandb_mode": ("online", "offline", "disabled"), "center": ("true", "false")}
+MAY_CHANGE = (  # on resume; the text is known by its hash, not by its name
+    "resume", "keep", "save_dir", "save_every", "log_every", "eval_every", "dead_after", "wandb_mode",
+    "device", "buffer_device", "model_batch_size", "tokens", "dataset", "num_tokens")
 LEAST = {"seed": 0, "l1_coeff": 0, "seq_len": 2, "buffer_mult": 2}  # all others must be above zero
 PUBLISHED_NORMS = (  # E||x|| / sqrt(768) at GPT-2 Small's resid_post without position 0, centred [N24]
     1.8281, 2.0781, 2.2031, 2.4062, 2.5781, 2.8281, 3.1562, 3.6875, 4.3125, 5.4062, 7.875, 16.5)
@@ -100,16 +110,26 @@ def bad(key: str, value, remedy: str) -> ValueError:
 
 
 def make_cfg(**overrides) -> dict:
-    """The config: default_cfg, then the preset's values, then overrides. Read-only afterwards.
-    Values may be text, as on the command line; 1e8 is a whole number too. Every "auto" is filled in.
+    """The config: default_cfg, then the values of the preset or of the run to resume, then overrides, as text
+    or not; 1e8 is a whole number too. Every "auto" is filled in. Read-only afterwards.
     Raises ValueError naming the key, the value and what would be right."""
     for key in overrides:
         if key not in default_cfg:
             near = difflib.get_close_matches(key, default_cfg, n=1)
             raise ValueError(f"{key}: no such key, " + (f"did you mean {near[0]}?" if near else "see --help"))
     preset = _convert("preset", overrides.get("preset", default_cfg["preset"]))
-    cfg = {k: _convert(k, v) for k, v in {**default_cfg, **PRESETS[preset], **overrides}.items()}
+    base = default_cfg | PRESETS[preset]
+    if resume := str(overrides.get("resume", "")):
+        saved = Path(overrides.get("save_dir", base["save_dir"])).glob("version_*/step_*")
+        newest = max(saved, key=lambda folder: folder.stat().st_mtime, default=Path("latest/none"))
+        path = newest.parent if resume == "latest" else Path(resume)
+        overrides["resume"], files = read_checkpoint("resume", path, RESUME)
+        base |= files["cfg.json"]
+    cfg = {k: _convert(k, v) for k, v in (base | overrides).items() if k in default_cfg}
     _fill_and_check(cfg)
+    for key in cfg.keys() - set(MAY_CHANGE):
+        if resume and cfg[key] != base[key]:
+            raise bad(key, cfg[key], f"cannot change on resume; {cfg['resume']} has {base[key]!r}")
     return cfg
 
 
@@ -163,6 +183,53 @@ def _fill_and_check(cfg: dict) -> None:
         tempfile.TemporaryFile(dir=folder).close()  # only writing tells
     except OSError as error:
         raise bad("save_dir", cfg["save_dir"], f"cannot write in {folder} ({error.strerror})") from None
+
+
+# ---- Files -----------------------------------------------------------------------------------------------
+RESUME = ("cfg.json", "crosscoder.safetensors", "trainer.safetensors", "trainer.json")
+
+
+@contextmanager
+def atomically(path: Path) -> Iterator[Path]:
+    """A temporary path to write a file or a folder at; it becomes `path` once it is whole and on the disk."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
+        yield (new := Path(folder) / path.name)
+        for each in (*new.glob("*"), new):
+            descriptor = os.open(each, os.O_RDONLY)
+            os.fsync(descriptor)
+            os.close(descriptor)
+        if path.is_dir():  # a folder cannot be renamed onto another
+            path.rename(Path(folder) / "old")
+        new.replace(path)
+
+
+def _identity(path: Path) -> dict:
+    return {"bytes": path.stat().st_size, "sha256": hashlib.sha256(np.memmap(path, mode="r")).hexdigest()}
+
+
+def read_checkpoint(key: str, path: Path, names: tuple, device: str = "cpu") -> tuple[Path, dict[str, dict]]:
+    """A checkpoint, `path` or the newest undamaged one in a run's folder: the folder and its files of these
+    names, which are data and never code. ValueError, naming the key, where there is none."""
+    folders = sorted(path.glob("step_*")) or [path]
+    while folders:
+        folder, files = folders.pop(), {}
+
+        def tensor(value: dict):  # see CrossCoder.save; copied, as tensors in a file are not aligned
+            return files["trainer.safetensors"][value["tensor"]].clone() if "tensor" in value else value
+
+        try:
+            manifest = json.loads((folder / "manifest.json").read_text())
+            for name in names:
+                assert manifest.get(name) == _identity(folder / name), f"{name} is not as in manifest.json"
+                files[name] = (safetensors.torch.load_file(folder / name, device) if name[-5:] != ".json"
+                               else json.loads((folder / name).read_text(), object_hook=tensor))
+            return folder, files
+        except Exception as error:
+            problem = bad(key, str(folder), f"no checkpoint, or a damaged one ({error})")
+            if folders:
+                print(f"{problem}; trying the one before", file=sys.stderr)
+    raise problem
 
 
 # ---- Tokens ----------------------------------------------------------------------------------------------
@@ -222,17 +289,6 @@ def _tokenise(cfg: dict, tokenizer) -> Path:
     with atomically(cache) as temporary:
         np.save(temporary, np.pad(np.concatenate(rows), ((0, 0), (1, 0)), constant_values=bos))
     return cache
-
-
-@contextmanager
-def atomically(path: Path) -> Iterator[Path]:
-    """A temporary path to write a file or a folder at; it becomes `path` only once it is whole."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
-        yield Path(folder) / path.name
-        if path.is_dir():  # a folder cannot be renamed onto another
-            shutil.rmtree(path)
-        (Path(folder) / path.name).replace(path)
 
 
 # ---- Activations -----------------------------------------------------------------------------------------
@@ -442,26 +498,37 @@ class CrossCoder(nn.Module):
         return {"W_enc": self.W_enc / factor[..., None], "W_dec": self.W_dec * factor,
                 "b_enc": self.b_enc.clone(), "b_dec": self.b_dec * factor}
 
-    def save(self, path: str | Path) -> None:
-        """Writes the checkpoint folder `path`, crosscoder.safetensors and cfg.json, whole or not at all."""
+    def save(self, path: str | Path, state: dict = {}) -> None:
+        """Writes a checkpoint, whole or not at all: the folder `path` with crosscoder.safetensors, cfg.json,
+        values of a nested state in trainer.json, its tensors in trainer.safetensors, and manifest.json."""
+        tensors = {}
+
+        def in_json(tensor: Tensor) -> dict:  # what stands for it
+            tensors[name := str(len(tensors))] = tensor
+            return {"tensor": name}
+
         with atomically(Path(path)) as folder:
             folder.mkdir()
-            safetensors.torch.save_file(self.state_dict(), folder / "crosscoder.safetensors")
             (folder / "cfg.json").write_text(json.dumps(self.cfg, indent=2) + "\n")
+            safetensors.torch.save_file(self.state_dict(), folder / "crosscoder.safetensors")
+            if state:
+                (folder / "trainer.json").write_text(json.dumps(state, default=in_json))
+                safetensors.torch.save_file(tensors, folder / "trainer.safetensors")
+            manifest = {file.name: _identity(file) for file in folder.iterdir()}
+            (folder / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n")
 
     @classmethod
     def load(cls, path: str | Path, device: str = "cpu") -> "CrossCoder":
         """Opens a checkpoint folder, or the newest in a run's folder; needs no language model and no network.
         Raises ValueError where there is none, or it is damaged or something else."""
-        folder = max(Path(path).glob("step_*"), default=Path(path))
+        folder, files = read_checkpoint("path", Path(path), RESUME[:2])
         try:
-            cfg = json.loads((folder / "cfg.json").read_text())
-            weights = safetensors.torch.load_file(folder / "crosscoder.safetensors")
+            cfg, weights = (files[name] for name in RESUME[:2])
             n_layers, d_model, dict_size = weights["W_enc"].shape
             crosscoder = cls({**cfg, "dict_size": dict_size, "device": device}, n_layers, d_model)
             crosscoder.load_state_dict(weights)
         except Exception as error:
-            raise bad("path", str(path), f"no crosscoder.safetensors and cfg.json: {error!r:.200}") from None
+            raise bad("path", str(folder), f"it holds no crosscoder: {error!r:.200}") from None
         return crosscoder
 
 
@@ -471,8 +538,11 @@ class Buffer:
     It holds batch_size * buffer_mult rows, each the activations at one (sequence, position), position 0 left
     out. When half are served, exactly those slots are filled with the rows that come next. Rows are numbered
     through all epochs: row r of an epoch is position 1 + r % (seq_len - 1) of sequence r // (seq_len - 1).
-    What is shuffled is slot numbers, never rows. Raises ValueError where all_tokens do not fill it once."""
-    def __init__(self, cfg: dict, models: list, all_tokens: Int[Tensor, "n_seqs seq_len"]):
+    What is shuffled is slot numbers, never rows. With a state it goes on from there. Raises ValueError where
+    all_tokens do not fill it once, FloatingPointError for activations that are not finite."""
+    STATE = ("order", "row_numbers", "pointer", "next_row", "passes", "rows_served", "rows_replayed")
+
+    def __init__(self, cfg: dict, models: list, all_tokens: Int[Tensor, "n_seqs seq_len"], state: dict = {}):
         self.cfg, self.models, self.all_tokens = cfg, models, all_tokens
         self.positions = all_tokens.shape[1] - 1  # rows in a sequence
         self.rows_per_epoch = len(all_tokens) * self.positions
@@ -487,28 +557,61 @@ class Buffer:
         self.row_numbers = torch.zeros_like(self.order)  # of the row in each slot
         self.pointer = self.size  # how many of them are served: at first all are free
         self.next_row = 0  # the first that is not yet harvested
+        self.passes = [0]  # of the models: the row that each begins with, and the one after the last
         self.rows_served = self.rows_replayed = 0  # replayed: served in an epoch after the first
         self.generator = torch.Generator().manual_seed(cfg["seed"])
-        self.refresh()
+        if state:
+            self.load_state_dict(state)
+        else:
+            self.refresh()
 
-    @torch.no_grad()
     def refresh(self) -> None:
         """Fills the served slots with the next rows and shuffles the order of all."""
-        slots, end = self.order[: self.pointer], self.next_row + self.pointer
-        first_seq, end_seq = self.next_row // self.positions, math.ceil(end / self.positions)
-        starts, filled = range(first_seq, end_seq, self.cfg["model_batch_size"]), 0
-        for start in tqdm.tqdm(starts, desc="filling the buffer", leave=False, disable=self.next_row > 0):
-            seqs = torch.arange(start, min(start + starts.step, end_seq))
-            resids = get_stacked_resids(self.models, self.all_tokens[seqs % len(self.all_tokens)], self.cfg)
-            for seq, acts in zip(seqs.tolist(), resids[:, 1:]):  # a refill can end inside a sequence
-                acts = acts[max(self.next_row - seq * self.positions, 0) : end - seq * self.positions]
-                self.buffer[slots[filled : filled + len(acts)]] = acts.to(self.buffer.device)
-                filled += len(acts)
-            del resids, acts  # before the next are made
-        assert filled == len(slots), f"refilled {filled} of {len(slots)} rows"
-        self.row_numbers[slots] = torch.arange(self.next_row, end, device=slots.device)
-        self.order = torch.randperm(self.size, generator=self.generator).to(slots.device)
+        start, end = self.next_row, self.next_row + self.pointer
+        length = self.cfg["model_batch_size"] * self.positions  # of a pass, up to the end of a sequence
+        passes = [start, *range(start - start % self.positions + length, end, length), end]
+        row_numbers = self.row_numbers.clone()
+        row_numbers[self.order[: self.pointer]] = torch.arange(start, end, device=self.order.device)
+        self._harvest(row_numbers, passes)
+        self.row_numbers, self.passes = row_numbers, self.passes + passes[1:]
+        self.order = torch.randperm(self.size, generator=self.generator).to(self.order.device)
         self.next_row, self.pointer = end, 0
+
+    @torch.no_grad()
+    def _harvest(self, row_numbers: Int[Tensor, "size"], passes: list[int]) -> None:
+        """Fills the slots that are to hold rows of these passes. Only in the same pass, beside the same
+        sequences, does a row come out the same to the last bit."""
+        rows, slots = row_numbers.sort()
+        bounds = torch.searchsorted(rows, rows.new_tensor(passes)).tolist()
+        assert bounds[-1] == self.size
+        bar = tqdm.tqdm(passes[:-1], "filling the buffer", leave=False, disable=passes[0] > 0)
+        for start, end, low, high in zip(bar, passes[1:], bounds, bounds[1:]):
+            if low == high:
+                continue
+            seqs = torch.arange(start // self.positions, math.ceil(end / self.positions))
+            resids = get_stacked_resids(self.models, self.all_tokens[seqs % len(self.all_tokens)], self.cfg)
+            part = rows[low:high]
+            acts = resids[part // self.positions - seqs[0], part % self.positions + 1]
+            if not (finite := acts.sum((1, 2)).isfinite()).all():
+                broken = part[~finite] // self.positions % len(self.all_tokens)
+                raise FloatingPointError(f"activations of sequences {broken.unique().tolist()} not finite")
+            self.buffer[slots[low:high]] = acts.to(self.buffer.device)
+            del resids, acts  # before the next are made
+
+    def state_dict(self) -> dict:
+        """All but the activations, which load_state_dict harvests again, and a hash of the text."""
+        text = self.all_tokens[: math.ceil(self.next_row / self.positions)].contiguous().numpy()
+        state = {name: getattr(self, name) for name in self.STATE}
+        return {**state, "generator": self.generator.get_state(), "text": hashlib.sha256(text).hexdigest()}
+
+    def load_state_dict(self, state: dict) -> None:
+        """Goes on from a state_dict; ValueError where the text is another."""
+        vars(self).update({name: state[name] for name in self.STATE})
+        if self.state_dict()["text"] != state["text"]:
+            raise bad("tokens", self.cfg["tokens"] or self.cfg["dataset"], "not the text of the run so far")
+        self.order, self.row_numbers = (x.to(self.buffer.device) for x in (self.order, self.row_numbers))
+        self.generator.set_state(state["generator"].cpu())
+        self._harvest(self.row_numbers, self.passes)
 
     def next(self) -> Float[Tensor, "batch_size n_layers d_model"]:
         """The next batch of raw activations, on cfg["device"], in the compute type."""
@@ -602,19 +705,38 @@ def evaluate(crosscoder: CrossCoder, models: list, tokens: Int[Tensor, "n_seqs s
 
 # ---- Trainer ---------------------------------------------------------------------------------------------
 class Trainer:
-    """Trains a crosscoder on models' activations over all_tokens, the last cfg["eval_seqs"] held out."""
+    """Trains a crosscoder on models' activations over all_tokens, the last cfg["eval_seqs"] held out; from
+    where the checkpoint cfg["resume"] leaves off, if there is one."""
+    STATE = ("step_counter", "history", "wandb_id", "tokens_since_fired", "steps_skipped")
+
     def __init__(self, cfg: dict, models: list, all_tokens: Int[Tensor, "n_seqs seq_len"]):
         self.cfg, self.models, self.eval_tokens = cfg, models, all_tokens[-cfg["eval_seqs"] :]
-        self.buffer = Buffer(cfg, models, all_tokens[: -cfg["eval_seqs"]])
+        resume, state = Path(cfg["resume"]), {}
+        if cfg["resume"]:
+            for later in sorted(self.run_dir.glob("step_*")):  # what the run did then is put aside
+                if later.name > resume.name:
+                    later.rename(self.run_dir / f"undone_{time.time():.0f}_{later.name}")
+            _, files = read_checkpoint("resume", resume, RESUME, cfg["device"])
+            state = files["trainer.json"]
+        self.buffer = Buffer(cfg, models, all_tokens[: -cfg["eval_seqs"]], state.get("buffer", {}))
         self.crosscoder = CrossCoder(cfg, *self.buffer.buffer.shape[1:])
-        self.crosscoder.norm_factor.copy_(self.get_norm_factor())
         self.optimizer = torch.optim.Adam(
             self.crosscoder.parameters(), cfg["lr"], betas=(cfg["beta1"], cfg["beta2"]), fused=True)
         self.total_steps = cfg["num_tokens"] // cfg["batch_size"]
         self.step_counter = 0
         self.tokens_since_fired = torch.zeros(cfg["dict_size"], dtype=torch.long, device=cfg["device"])
+        self.steps_skipped = self.skipped_in_a_row = torch.zeros((), device=cfg["device"])
         self.history: list[dict] = []  # all that was logged
-        self.wandb_failed = False
+        self.wandb_failed, self.wandb_id = False, secrets.token_hex(4)
+        self.stop: BaseException | None = None  # what train raises after the step
+        if state:
+            self.crosscoder.load_state_dict(files["crosscoder.safetensors"])
+            adam = {int(number): each for number, each in state["adam"].items()}
+            self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": adam})
+            vars(self).update({name: state[name] for name in self.STATE})
+            self._write_history()  # without what was logged after the checkpoint
+        else:
+            self.crosscoder.norm_factor.copy_(self.get_norm_factor())
 
     @torch.no_grad()
     def get_norm_factor(self) -> Float[Tensor, "n_layers"]:
@@ -641,11 +763,15 @@ class Trainer:
         loss = losses.l2_loss + l1_coeff * losses.l1_loss
         loss.backward()
         grad_norm = nn.utils.get_total_norm([p.grad.norm(dim=-1) for p in self.crosscoder.parameters()])
-        if grad_norm.is_mps:  # whose fused Adam may ignore grad_scale
+        skip = ~(loss.detach() + grad_norm).isfinite() | (self.skipped_in_a_row >= MOST_SKIPPED)
+        self.steps_skipped = self.steps_skipped + skip  # not in place, as the metrics hold it
+        self.skipped_in_a_row = (self.skipped_in_a_row + 1) * skip
+        if grad_norm.is_mps:  # whose fused Adam may ignore grad_scale and found_inf
             nn.utils.clip_grads_with_norm_(self.crosscoder.parameters(), 1.0, grad_norm)
-        else:  # Adam divides by it: clipped at a norm of 1
-            self.optimizer.grad_scale = grad_norm.clamp(min=1.0)
-        self.optimizer.step()
+        else:  # Adam divides by it: clipped at a norm of 1; and where found_inf is 1 it does nothing
+            self.optimizer.grad_scale, self.optimizer.found_inf = grad_norm.clamp(min=1.0), skip.float()
+        if not (grad_norm.is_mps and skip):
+            self.optimizer.step()
         self.optimizer.zero_grad()
         self.tokens_since_fired.add_(self.cfg["batch_size"]).masked_fill_(losses.fired > 0, 0)
         self.step_counter += 1
@@ -654,7 +780,8 @@ class Trainer:
                 "loss/grad_norm": grad_norm, "fvu/batch": losses.fvu, "sparsity/l0_batch": losses.l0_loss,
                 "data/unique_tokens": self.buffer.rows_served - self.buffer.rows_replayed,
                 "data/rows_replayed": self.buffer.rows_replayed,
-                "data/epoch": self.buffer.next_row // self.buffer.rows_per_epoch}
+                "data/epoch": self.buffer.next_row // self.buffer.rows_per_epoch,
+                "data/steps_skipped": self.steps_skipped}
 
     def evaluate(self) -> dict[str, float]:
         """evaluate() on the held-out sequences, and the share of latents that training has left dead."""
@@ -663,19 +790,37 @@ class Trainer:
 
     @cached_property
     def run_dir(self) -> Path:
-        """save_dir/version_N, made when first needed; N is the first number that no run has taken."""
-        for n in itertools.count():
+        """save_dir/version_N, made when first needed, N the first number that no run has taken; on resume the
+        run's folder. Locked while training lasts."""
+        folder, resume = Path(self.cfg["resume"]).parent, Path(self.cfg["resume"]).name
+        for n in () if resume.startswith("step_") else itertools.count():
             with suppress(FileExistsError):
                 (folder := Path(self.cfg["save_dir"], f"version_{n}")).mkdir(parents=True)
-                return folder
+                break
+        self.lock = filelock.FileLock(folder / ".lock", blocking=False)
+        try:
+            self.lock.acquire()
+        except filelock.Timeout:
+            raise bad("resume", self.cfg["resume"], f"another run is at work in {folder}") from None
+        for left in folder.glob(".step_*"):  # where a process died while writing
+            shutil.rmtree(left)
+        (folder / "cfg.json").write_text(json.dumps(self.cfg, indent=2) + "\n")
+        return folder
 
     def log(self, metrics: dict[str, float | Tensor]) -> None:
         """Puts metrics into history, metrics.jsonl and wandb."""
         row = {"step": self.step_counter, **{key: float(value) for key, value in metrics.items()}}
         self.history.append(row)
-        with open(self.run_dir / "metrics.jsonl", "a") as file:
-            file.write(json.dumps(row) + "\n")
+        try:
+            with open(self.run_dir / "metrics.jsonl", "a") as file:
+                file.write(json.dumps(row) + "\n")
+        except OSError as error:  # the next checkpoint makes good for it
+            print(f"cannot log ({error}); the run goes on", file=sys.stderr)
         self._wandb("log", row, step=self.step_counter)
+
+    def _write_history(self) -> None:
+        with atomically(self.run_dir / "metrics.jsonl") as temporary:
+            temporary.write_text("".join(json.dumps(row) + "\n" for row in self.history))
 
     def _wandb(self, method: str, *args, **kwargs) -> None:
         """Calls a function of wandb's, which must never stop a run: after a failure it goes on without."""
@@ -686,34 +831,60 @@ class Trainer:
             print(f"wandb failed ({error!r:.200}); the run goes on without it", file=sys.stderr)
             self.wandb_failed = True
 
-    def save(self) -> Path:
-        """Writes this step's checkpoint folder, save_dir/version_N/step_NNNNNNN, and returns it."""
+    def save(self) -> Path | None:
+        """Writes this step's checkpoint, save_dir/version_N/step_NNNNNNN, and removes all but the newest
+        cfg["keep"]. -> the folder, or None where it cannot be written"""
         folder = self.run_dir / f"step_{self.step_counter:07d}"
-        self.crosscoder.save(folder)
+        state = {name: getattr(self, name) for name in self.STATE}
+        state |= {"adam": self.optimizer.state_dict()["state"], "buffer": self.buffer.state_dict()}
+        try:
+            self.crosscoder.save(folder, state)
+            self._write_history()
+        except (OSError, safetensors.SafetensorError) as error:
+            print(f"cannot save {folder} ({error}); the run goes on and tries again", file=sys.stderr)
+            return None
+        for old in sorted(self.run_dir.glob("step_*"))[: -self.cfg["keep"]]:
+            shutil.rmtree(old.rename(old.with_name(f".{old.name}")))  # nobody sees half of it
         return folder
 
     def train(self) -> dict[str, float]:
-        """Trains to the end, logging, evaluating and saving on the way; returns the last evaluation.
-        Saves a checkpoint at the end, be it the last step, Ctrl-C or an error."""
-        cfg, clock = self.cfg, time.time()
-        self._wandb("init", project="crosscoders", dir=self.run_dir, config=cfg, mode=cfg["wandb_mode"])
-        bar = tqdm.trange(self.step_counter, self.total_steps, desc="training", unit="step")
+        """Trains to the end, logging, evaluating and saving on the way; returns the last evaluation. Whatever
+        ends it, it saves; self.stop, once set, is raised after the step. FloatingPointError where the loss or
+        gradients of MOST_SKIPPED steps in a row are not finite."""
+        cfg, last, clock = self.cfg, self.step_counter, time.time()
+        self._wandb("init", project="crosscoders", dir=self.run_dir, config=cfg, mode=cfg["wandb_mode"],
+                    id=self.wandb_id, resume="allow", settings=wandb.Settings(init_timeout=30))
+        bar = tqdm.tqdm(initial=self.step_counter, total=self.total_steps, desc="training", unit="step")
         try:
-            for _ in bar:
+            while self.step_counter < self.total_steps and not self.stop:
                 if self.step_counter % cfg["eval_every"] == 0:
                     self.log(self.evaluate())
                 metrics = self.step()
+                bar.update()
                 if self.step_counter % cfg["log_every"] == 0:
-                    speed = cfg["log_every"] * cfg["batch_size"] / (time.time() - clock)
-                    clock = time.time()
+                    speed = (self.step_counter - last) * cfg["batch_size"] / (time.time() - clock)
+                    last, clock = self.step_counter, time.time()
                     self.log({**metrics, "perf/tokens_per_s": speed})
                     live = "loss {loss/total:.1f} FVU {fvu/batch:.3f} L0 {sparsity/l0_batch:.1f}"
                     bar.set_postfix_str(f"{live.format_map(self.history[-1])} {speed:,.0f} tok/s")
-                if self.step_counter % cfg["save_every"] == 0:
+                    if self.skipped_in_a_row >= MOST_SKIPPED:
+                        norms = [f"{norm:.3g}" for norm in self.buffer.buffer.norm(dim=-1).amax(0)]
+                        raise FloatingPointError(
+                            f"step {self.step_counter}: loss or gradients not finite {MOST_SKIPPED} times "
+                            f"in a row; largest norms: {dict(zip(source_names(cfg, len(norms)), norms))}; "
+                            f"last good checkpoint: {max(self.run_dir.glob('step_*'), default=None)}")
+                if self.step_counter % cfg["save_every"] == 0 and self.step_counter < self.total_steps:
                     self.save()
+            while not self.stop and not self.save():
+                time.sleep(10)  # rather than lose it
+            if self.stop:
+                raise self.stop
             self.log(final := self.evaluate())
+            return final
+        except BaseException:
+            self.save()
+            raise
         finally:
             bar.close()
-            print(f"saved {self.save()}", file=sys.stderr)
             self._wandb("finish")
-        return final
+            self.lock.release()

@@ -1,8 +1,6 @@
-import json
 import shutil
 
 import pytest
-import safetensors.torch
 import torch
 
 from utils import CrossCoder, make_cfg
@@ -115,7 +113,8 @@ def test_fold_gives_plain_weights(crosscoder):
 def test_a_checkpoint_gives_the_same_outputs_and_cfg(crosscoder, tmp_path):
     x = torch.randn(4, 3, 5)
     crosscoder.save(tmp_path / "run" / "step_0000001")
-    assert sorted(p.name for p in (tmp_path / "run" / "step_0000001").iterdir()) == ["cfg.json", "crosscoder.safetensors"]
+    assert sorted(p.name for p in (tmp_path / "run" / "step_0000001").iterdir()) == [
+        "cfg.json", "crosscoder.safetensors", "manifest.json"]
     loaded = CrossCoder.load(tmp_path / "run" / "step_0000001")
     assert torch.equal(loaded(x), crosscoder(x)) and loaded.cfg == crosscoder.cfg
     with torch.no_grad():
@@ -138,25 +137,36 @@ def test_a_save_that_fails_leaves_the_old_checkpoint_and_nothing_else(crosscoder
 
 def test_what_is_no_whole_checkpoint_is_refused(crosscoder, tmp_path):
     crosscoder.save(tmp_path / "good")
-    for name in ("truncated", "no_cfg", "wrong_shape", "foreign", "bad_json"):
+    for name in ("truncated", "flipped", "no_cfg", "no_manifest", "bad_json"):
         shutil.copytree(tmp_path / "good", tmp_path / name)
     weights = tmp_path / "truncated" / "crosscoder.safetensors"
     weights.write_bytes(weights.read_bytes()[:-10])
+    flipped = bytearray((tmp_path / "flipped" / "crosscoder.safetensors").read_bytes())
+    flipped[-5] ^= 1
+    (tmp_path / "flipped" / "crosscoder.safetensors").write_bytes(flipped)
     (tmp_path / "no_cfg" / "cfg.json").unlink()
+    (tmp_path / "no_manifest" / "manifest.json").unlink()
     (tmp_path / "bad_json" / "cfg.json").write_text("{")
-    state = {name: tensor.clone() for name, tensor in crosscoder.state_dict().items()}
-    safetensors.torch.save_file({**state, "W_dec": torch.zeros(2, 2)}, tmp_path / "wrong_shape" / "crosscoder.safetensors")
-    safetensors.torch.save_file({"weight": torch.zeros(2)}, tmp_path / "foreign" / "crosscoder.safetensors")
-    for name in ("truncated", "no_cfg", "wrong_shape", "foreign", "bad_json", "missing"):
-        with pytest.raises(ValueError, match="crosscoder.safetensors and cfg.json") as error:
+    for name, said in (("truncated", "safetensors is not as in"), ("flipped", "safetensors is not as in"), ("no_cfg", "cfg.json"),
+                       ("no_manifest", "manifest.json"), ("bad_json", "cfg.json is not as in"), ("missing", "manifest.json")):
+        with pytest.raises(ValueError, match=said) as error:
             CrossCoder.load(tmp_path / name)
         assert name in str(error.value) and "\n" not in str(error.value)
 
 
+def test_a_checkpoint_of_something_else_is_refused(crosscoder, tmp_path):
+    crosscoder.W_dec = torch.nn.Parameter(torch.zeros(2, 2))
+    crosscoder.save(tmp_path / "wrong_shape")
+    del crosscoder.W_enc
+    crosscoder.save(tmp_path / "foreign")
+    for name in ("wrong_shape", "foreign"):
+        with pytest.raises(ValueError, match=f"{name}': it holds no crosscoder"):
+            CrossCoder.load(tmp_path / name)
+
+
 def test_loading_takes_the_shape_from_the_weights_and_survives_keys_of_another_version(crosscoder, tmp_path):
+    crosscoder.cfg = {**crosscoder.cfg, "device": "cuda:7", "dict_size": 3, "from_the_future": 1}
     crosscoder.save(tmp_path / "cc")
-    cfg = json.loads((tmp_path / "cc" / "cfg.json").read_text())
-    (tmp_path / "cc" / "cfg.json").write_text(json.dumps({**cfg, "device": "cuda:7", "from_the_future": 1}))
     assert CrossCoder.load(tmp_path / "cc").W_enc.shape == (3, 5, 7)
 
 

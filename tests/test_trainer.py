@@ -65,11 +65,12 @@ def test_a_step_reads_nothing_back_from_the_device(trainer):
     """On the meta device tensors have no values: reading one would raise."""
     buffer, trainer.crosscoder = trainer.buffer, trainer.crosscoder.to("meta")
     buffer.cfg = {**buffer.cfg, "device": "meta"}
+    trainer.skipped_in_a_row = trainer.skipped_in_a_row.to("meta")
     for name in ("buffer", "order", "row_numbers"):
         setattr(buffer, name, getattr(buffer, name).to("meta"))
     trainer.tokens_since_fired = trainer.tokens_since_fired.to("meta")
-    trainer.optimizer = torch.optim.Adam(trainer.crosscoder.parameters())  # the fused one has no meta,
-    trainer.optimizer.register_step_pre_hook(lambda adam, *_: delattr(adam, "grad_scale"))  # this no scale
+    trainer.optimizer = torch.optim.Adam(trainer.crosscoder.parameters())  # the fused one has no meta, this no scale
+    trainer.optimizer.register_step_pre_hook(lambda adam, *_: vars(adam).update(grad_scale=None, found_inf=None))
     for _ in range(3):
         metrics = trainer.step()
     for key in ("loss/total", "loss/grad_norm", "fvu/batch", "sparsity/l0_batch", "data/rows_replayed"):
