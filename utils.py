@@ -815,7 +815,7 @@ class Trainer:
             with open(self.run_dir / "metrics.jsonl", "a") as file:
                 file.write(json.dumps(row) + "\n")
         except OSError as error:  # the next checkpoint makes good for it
-            print(f"cannot log ({error}); the run goes on", file=sys.stderr)
+            tqdm.tqdm.write(f"cannot log ({error}); the run goes on", file=sys.stderr)
         self._wandb("log", row, step=self.step_counter)
 
     def _write_history(self) -> None:
@@ -828,7 +828,7 @@ class Trainer:
             if not self.wandb_failed:
                 getattr(wandb, method)(*args, **kwargs)
         except Exception as error:
-            print(f"wandb failed ({error!r:.200}); the run goes on without it", file=sys.stderr)
+            tqdm.tqdm.write(f"wandb failed ({error!r:.200}); the run goes on without it", file=sys.stderr)
             self.wandb_failed = True
 
     def save(self) -> Path | None:
@@ -841,7 +841,7 @@ class Trainer:
             self.crosscoder.save(folder, state)
             self._write_history()
         except (OSError, safetensors.SafetensorError) as error:
-            print(f"cannot save {folder} ({error}); the run goes on and tries again", file=sys.stderr)
+            tqdm.tqdm.write(f"cannot save {folder} ({error}); it is tried again", file=sys.stderr)
             return None
         for old in sorted(self.run_dir.glob("step_*"))[: -self.cfg["keep"]]:
             shutil.rmtree(old.rename(old.with_name(f".{old.name}")))  # nobody sees half of it
@@ -853,7 +853,8 @@ class Trainer:
         gradients of MOST_SKIPPED steps in a row are not finite."""
         cfg, last, clock = self.cfg, self.step_counter, time.time()
         self._wandb("init", project="crosscoders", dir=self.run_dir, config=cfg, mode=cfg["wandb_mode"],
-                    id=self.wandb_id, resume="allow", settings=wandb.Settings(init_timeout=30))
+                    id=self.wandb_id, resume="allow",
+                    settings=wandb.Settings(init_timeout=30, finish_timeout=30))
         bar = tqdm.tqdm(initial=self.step_counter, total=self.total_steps, desc="training", unit="step")
         try:
             while self.step_counter < self.total_steps and not self.stop:
@@ -876,7 +877,7 @@ class Trainer:
                 if self.step_counter % cfg["save_every"] == 0 and self.step_counter < self.total_steps:
                     self.save()
             while not self.stop and not self.save():
-                time.sleep(10)  # rather than lose it
+                time.sleep(5)  # rather than lose it
             if self.stop:
                 raise self.stop
             self.log(final := self.evaluate())

@@ -1,0 +1,429 @@
+"""Faults, injected for real: killed processes, signals, full disks, damaged and hostile files, a hanging server.
+
+  python tests/test_faults.py --kills=20     kills a run that often, at random moments, and prints what became of it
+"""
+import argparse
+import contextlib
+import json
+import math
+import os
+import pickle
+import random
+import re
+import resource
+import signal
+import shutil
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections import Counter
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+from utils import TINY, Buffer, CrossCoder, Trainer, load_models, load_tokens, make_cfg
+
+TRAIN = [sys.executable, Path(__file__).parent.parent / "train.py", "--preset=tiny", "--buffer_mult=64", "--eval_seqs=16",
+         "--log_every=5", "--eval_every=50", "--save_every=25", "--keep=2"]
+
+
+def start(folder, *arguments, num_tokens=100_000, **env):
+    """A real `python train.py` that saves into folder; 195 steps unless told."""
+    folder.mkdir(exist_ok=True, parents=True)
+    with open(folder / "stderr.txt", "w") as err:
+        return subprocess.Popen(
+            [*TRAIN, f"--save_dir={folder}", f"--num_tokens={num_tokens}", *arguments], stdout=subprocess.DEVNULL,
+            stderr=err, env={**os.environ, "HF_HUB_OFFLINE": "1", **env}, preexec_fn=os.setpgrp)
+
+
+def finish(run, folder, code=0, within=200):
+    """Waits for its end. -> what it wrote on stderr, without progress bars"""
+    returned = run.wait(within)
+    err = "\n".join(line for line in re.split("[\r\n]", (folder / "stderr.txt").read_text()) if line and "%|" not in line)
+    assert returned == code, f"{returned}: {err[-2000:]}"
+    return err
+
+
+def wait_for(run, condition, within=60):
+    """Waits until condition() holds; the run must be alive then."""
+    until = time.time() + within
+    while not condition():
+        assert run.poll() is None and time.time() < until
+        time.sleep(0.002)
+
+
+def rows(folder):
+    """Every whole line of a run's metrics.jsonl, but for how fast it was."""
+    file = folder / "version_0" / "metrics.jsonl"
+    lines = file.read_text().split("\n")[:-1] if file.exists() else []
+    return [{key: value for key, value in json.loads(line).items() if not key.startswith("perf/")} for line in lines]
+
+
+def saved(folder):
+    """The checkpoints of a run, by step."""
+    return sorted((folder / "version_0").glob("step_*"))
+
+
+def evaluating(folder):
+    return bool(last := rows(folder)[-1:]) and "loss/total" in last[0] and last[0]["step"] % 50 == 0
+
+
+def assert_same(folder, whole):
+    """The run ended where the uninterrupted one did, bit for bit, and logged what that did."""
+    for name in ("crosscoder.safetensors", "trainer.safetensors"):
+        assert (saved(folder)[-1] / name).read_bytes() == (saved(whole)[-1] / name).read_bytes()
+    assert rows(folder) == rows(whole)
+
+
+@pytest.fixture(scope="session")
+def whole(tmp_path_factory):
+    """The uninterrupted run."""
+    folder = tmp_path_factory.mktemp("whole")
+    finish(start(folder), folder)
+    return folder
+
+
+@pytest.fixture
+def copy(whole, tmp_path):
+    """A copy of the uninterrupted run, last saved at steps 175 and 195."""
+    return Path(shutil.copytree(whole, tmp_path / "copy"))
+
+
+def test_the_log_of_a_run_has_every_step_once(whole):
+    logged = rows(whole)
+    assert [row["step"] for row in logged if "loss/total" in row] == list(range(5, 200, 5))
+    assert [row["step"] for row in logged if "fvu/all" in row] == [0, 50, 100, 150, 195]
+    assert [path.name for path in saved(whole)] == ["step_0000175", "step_0000195"]
+
+
+def test_a_killed_run_goes_on_as_if_nothing_had_been(whole, tmp_path):
+    run = start(tmp_path)
+    wait_for(run, lambda: len(saved(tmp_path)) and rows(tmp_path)[-1]["step"] > 40)
+    run.kill()
+    run.wait()
+    run = start(tmp_path, "--resume=latest")
+    wait_for(run, lambda: saved(tmp_path)[-1].name > "step_0000050" and list((tmp_path / "version_0").glob(".step_*")))
+    run.kill()  # while it saves
+    run.wait()
+    finish(start(tmp_path, f"--resume={tmp_path / 'version_0'}"), tmp_path)
+    assert_same(tmp_path, whole)
+    assert not list((tmp_path / "version_0").glob(".step_*"))  # what the dead left lying
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_and_the_run_can_go_on_with_its_wandb_run(whole, tmp_path, number):
+    run = start(tmp_path, "--wandb_mode=offline")
+    wait_for(run, lambda: rows(tmp_path) and rows(tmp_path)[-1]["step"] > 30)
+    run.send_signal(number)
+    sent = time.time()
+    err = finish(run, tmp_path, 128 + number)
+    assert time.time() - sent < 30 and "Traceback" not in err
+    assert saved(tmp_path)[-1].name > "step_0000030"
+    if number == signal.SIGTERM:
+        finish(start(tmp_path, f"--resume={saved(tmp_path)[-1]}"), tmp_path)
+        assert_same(tmp_path, whole)
+        first, second = (tmp_path / "version_0" / "wandb").glob("offline-run-*")
+        assert first.name[-8:] == second.name[-8:] and first.name != second.name
+
+
+def test_a_second_signal_ends_a_run_at_once(tmp_path):
+    run = start(tmp_path, "--eval_seqs=64")
+    wait_for(run, lambda: evaluating(tmp_path))
+    run.send_signal(signal.SIGTERM)
+    time.sleep(0.3)
+    assert run.poll() is None
+    run.send_signal(signal.SIGTERM)
+    assert run.wait(1) == -signal.SIGTERM
+
+
+def flip(file):
+    """Flips a bit in the middle of a file."""
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    file.write_bytes(data)
+
+
+@pytest.mark.parametrize("name", ["trainer.safetensors", "crosscoder.safetensors", "trainer.json", "cfg.json", "manifest.json"])
+def test_a_damaged_checkpoint_is_refused_by_name_and_the_one_before_is_taken(copy, name):
+    last, before = saved(copy)[-1] / name, saved(copy)[-2]
+    flip(last) if name.endswith("safetensors") else last.write_bytes(last.read_bytes()[:-9])
+    with pytest.raises(ValueError, match=f"resume='{last.parent}': no checkpoint, or a damaged one .*{name}|JSON|line"):
+        make_cfg(resume=last.parent)
+    assert make_cfg(resume="latest", save_dir=copy)["resume"] == str(before)
+    assert make_cfg(resume=copy / "version_0")["resume"] == str(before)
+
+
+def test_a_run_goes_on_from_before_the_damage_and_says_so(copy, whole):
+    flip(saved(copy)[-1] / "trainer.safetensors")
+    err = finish(start(copy, "--resume=latest"), copy)
+    assert "step_0000195': no checkpoint, or a damaged one (trainer.safetensors" in err and "trying the one before" in err
+    assert_same(copy, whole)
+    assert len(list((copy / "version_0").glob("undone_*_step_0000195"))) == 1
+
+
+def test_what_must_not_change_on_resume_is_refused_by_name(copy):
+    for key, value in (("lr", 1), ("dict_size", 5), ("layers", "0"), ("enc_dtype", "fp32"), ("batch_size", 64), ("seed", 1),
+                       ("model_name", TINY / "tuned"), ("eval_seqs", 9)):
+        with pytest.raises(ValueError, match=f"^{key}=.*cannot change on resume.*step_0000195 has"):
+            make_cfg(resume=copy / "version_0", **{key: value})
+    cfg = make_cfg(resume="latest", save_dir=copy, log_every=7, num_tokens=2e5, wandb_mode="offline", preset="tiny")
+    assert (cfg["log_every"], cfg["num_tokens"], cfg["wandb_mode"], cfg["lr"]) == (7, 200_000, "offline", 1e-3)
+    assert make_cfg(**cfg) == cfg
+    for resume in ("latest", copy / "no"):
+        with pytest.raises(ValueError, match="^resume="):
+            make_cfg(resume=resume)
+
+
+def test_another_text_is_refused_and_more_text_is_not(copy):
+    cfg = make_cfg(resume="latest", save_dir=copy)
+    models = load_models(cfg)
+    tokens = load_tokens(cfg, models[0].tokenizer).clone()
+    Trainer(cfg, models, torch.cat([tokens, tokens[:5]])).lock.release()
+    tokens[3, 3] = 7
+    with pytest.raises(ValueError, match="^tokens=.*not the text"):
+        Trainer(cfg, models, tokens)
+
+
+@contextlib.contextmanager
+def disk(options, folder):
+    """A disk, mounted at folder."""
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", folder], stderr=subprocess.DEVNULL).returncode:
+        pytest.skip("this user may not mount a disk")
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", "-l", folder], check=True)
+
+
+def test_a_run_outlives_a_full_disk_and_one_that_cannot_be_written(whole, tmp_path):
+    folder, elsewhere = tmp_path / "disk", tmp_path / "elsewhere"
+    folder.mkdir()
+    with disk("size=200m", folder):
+        elsewhere.mkdir()
+        with open(elsewhere / "stderr.txt", "w") as err:
+            run = subprocess.Popen([*TRAIN, f"--save_dir={folder}", "--num_tokens=100_000"], stdout=err, stderr=err,
+                                   env={**os.environ, "HF_HUB_OFFLINE": "1"})
+        said = lambda: (elsewhere / "stderr.txt").read_text()
+        wait_for(run, lambda: saved(folder))
+        with contextlib.suppress(OSError), open(folder / "filler", "wb") as file:
+            while True:
+                file.write(bytes(2**16))
+        wait_for(run, lambda: "No space left" in said())
+        for checkpoint in saved(folder):
+            CrossCoder.load(checkpoint)  # the good ones are whole
+        (folder / "filler").unlink()
+        wait_for(run, lambda: saved(folder)[-1].name > "step_0000075")
+        with disk("ro,size=1m", folder / "version_0"):
+            wait_for(run, lambda: "Read-only file system" in said())
+        finish(run, elsewhere)
+        assert_same(folder, whole)
+
+
+def test_a_quota_that_is_lifted_in_time_loses_nothing(whole, tmp_path):
+    """The last checkpoint is not given up on."""
+    run = start(tmp_path)
+    wait_for(run, lambda: saved(tmp_path))
+    resource.prlimit(run.pid, resource.RLIMIT_FSIZE, (10**6, resource.RLIM_INFINITY))
+    wait_for(run, lambda: (tmp_path / "stderr.txt").read_text().count("step_0000195"))  # trained, not yet saved
+    for checkpoint in saved(tmp_path):
+        CrossCoder.load(checkpoint)
+    resource.prlimit(run.pid, resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    assert "File too large" in finish(run, tmp_path)
+    assert_same(tmp_path, whole)
+
+
+def test_a_step_that_is_not_finite_is_skipped_and_counted(cfg, models, tokens):
+    trainer = Trainer(cfg, models, tokens[:60])
+    trainer.step()
+    before = {name: value.clone() for name, value in trainer.crosscoder.state_dict().items()}
+    adam = [each["exp_avg_sq"].clone() for each in trainer.optimizer.state.values()]
+    slot = trainer.buffer.order[trainer.buffer.pointer]
+    row, trainer.buffer.buffer[slot] = trainer.buffer.buffer[slot].clone(), 1e30  # the squared error overflows
+    metrics = trainer.step()
+    assert not metrics["loss/total"].isfinite() and metrics["data/steps_skipped"] == 1 and trainer.step_counter == 2
+    assert all(torch.equal(value, before[name]) for name, value in trainer.crosscoder.state_dict().items())
+    assert all(torch.equal(each["exp_avg_sq"], old) for each, old in zip(trainer.optimizer.state.values(), adam))
+    trainer.buffer.buffer[slot] = row
+    assert trainer.step()["data/steps_skipped"] == 1 and trainer.skipped_in_a_row == 0
+    assert not torch.equal(trainer.crosscoder.W_enc, before["W_enc"])
+
+
+def test_ten_such_steps_in_a_row_end_a_run_with_what_it_knows(tmp_path):
+    err = finish(start(tmp_path, "--lr=1e25", "--log_every=3", "--save_every=2"), tmp_path, code=1)
+    (line,) = (line for line in err.split("\n") if line.startswith("error:"))
+    assert re.search(r"step \d+: loss or gradients not finite 10 times in a row; largest norms: .*resid_post.3", line)
+    assert re.search(r"last good checkpoint: .*version_0/step_\d+", line) and "Traceback" not in err
+    assert CrossCoder.load(tmp_path / "version_0").W_enc.isfinite().all()
+
+
+def test_activations_that_are_not_finite_are_caught_with_their_sequences(cfg, tokens, tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(TINY / "base")
+    token = int(tokens[5, 100])
+    model.transformer.wte.weight.data[token] = math.nan
+    model.save_pretrained(tmp_path / "broken")
+    AutoTokenizer.from_pretrained(TINY / "base").save_pretrained(tmp_path / "broken")
+    cfg = {**cfg, "model_name": str(tmp_path / "broken")}
+    broken = [seq for seq in range(8) if (tokens[seq, 1:].int() == token).any()]
+    assert 5 in broken
+    with pytest.raises(FloatingPointError, match=re.escape(f"sequences {broken}")):
+        Buffer(cfg, load_models(cfg), tokens[:60])
+
+
+class Exploit:
+    """Unpickling it leaves a file."""
+    def __reduce__(self):
+        return os.mkdir, ("unpickled",)
+
+
+@pytest.mark.parametrize("name", ["cfg.json", "crosscoder.safetensors", "trainer.safetensors", "trainer.json", "manifest.json"])
+def test_a_file_from_strangers_runs_no_code(copy, name):
+    folder = saved(copy)[-1]
+    for data in (pickle.dumps(Exploit()), None):
+        (folder / name).write_bytes(data) if data else torch.save(Exploit(), folder / name)
+        if name != "manifest.json":  # a stranger's manifest would fit
+            manifest = json.loads((folder / "manifest.json").read_text())
+            manifest[name] = __import__("utils")._identity(folder / name)
+            (folder / "manifest.json").write_text(json.dumps(manifest))
+        with pytest.raises(ValueError, match="^resume=.*damaged"):
+            make_cfg(resume=folder)
+        if not name.startswith("trainer"):
+            with pytest.raises(ValueError, match="^path=.*damaged"):
+                CrossCoder.load(folder)
+    assert not Path("unpickled").exists()
+    with pytest.raises(FileExistsError):  # the file is what it is meant to be
+        os.mkdir("unpickled")
+        pickle.loads(pickle.dumps(Exploit()))
+
+
+def test_token_files_from_strangers_run_no_code(cfg, models, tmp_path):
+    for name in ("tokens.npy", "tokens.pt"):
+        for write in (lambda file: file.write_bytes(pickle.dumps(Exploit())), lambda file: torch.save(Exploit(), file)):
+            write(tmp_path / name)
+            with pytest.raises(ValueError, match="^tokens="):
+                load_tokens({**cfg, "tokens": str(tmp_path / name)}, models[0].tokenizer)
+    assert not Path("unpickled").exists()
+
+
+def test_two_runs_at_the_same_moment_each_get_a_folder_and_a_run_is_resumed_only_once(copy, tmp_path):
+    runs = [start(tmp_path, OMP_NUM_THREADS="1") for _ in range(2)]
+    assert [run.wait(200) for run in runs] == [0, 0]
+    one, other = (sorted((tmp_path / f"version_{n}").glob("step_*")) for n in range(2))
+    assert [path.name for path in one] == [path.name for path in other] == ["step_0000175", "step_0000195"]
+    assert (one[1] / "crosscoder.safetensors").read_bytes() == (other[1] / "crosscoder.safetensors").read_bytes()
+    shutil.rmtree(saved(copy)[-1])
+    first = start(copy, "--resume=latest", num_tokens=1_000_000)
+    wait_for(first, lambda: rows(copy) and rows(copy)[-1]["step"] > 195)
+    with pytest.raises(ValueError, match="^resume=.*another run is at work in"):
+        cfg = make_cfg(resume="latest", save_dir=copy)
+        models = load_models(cfg)
+        Trainer(cfg, models, load_tokens(cfg, models[0].tokenizer))
+    first.kill()
+    first.wait()
+
+
+def test_a_longer_run_can_follow_and_the_folder_says_what_made_it(copy):
+    before = json.loads((copy / "version_0" / "cfg.json").read_text())
+    finish(start(copy, "--resume=latest", num_tokens=110_000), copy)
+    assert saved(copy)[-1].name == "step_0000214"
+    assert [row["step"] for row in rows(copy) if "loss/total" in row] == list(range(5, 215, 5))
+    assert [row["step"] for row in rows(copy) if "fvu/all" in row] == [0, 50, 100, 150, 200, 214]
+    first, second = (json.loads(line) for line in open(copy / "version_0" / "starts.jsonl"))
+    assert first["command"][-1] == "--num_tokens=100000" and second["command"][-1] == "--resume=latest"
+    assert torch.__version__.startswith(first["versions"]["torch"])
+    assert re.fullmatch("[0-9a-f]{40}(-dirty)?", first["commit"])
+    cfg = json.loads((copy / "version_0" / "cfg.json").read_text())
+    assert (before["num_tokens"], cfg["num_tokens"]) == (100_000, 110_000)
+
+
+class Wandb(BaseHTTPRequestHandler):
+    """A server of wandb's that answers what a run asks at its start, until `hangs` is set: then nothing any more."""
+    protocol_version, hangs = "HTTP/1.1", False
+
+    def do_POST(self):
+        query = self.rfile.read(int(self.headers["Content-Length"])).decode()
+        if self.hangs:
+            time.sleep(300)
+        data = {"model": None, "viewer": {"id": "u", "entity": "me", "username": "me", "flags": "{}", "teams": {"edges": []}},
+                "serverInfo": {"cliVersionInfo": {"max_cli_version": "9.9.9"}, "features": []}}
+        if "upsertBucket" in query:
+            project = {"id": "p", "name": "crosscoders", "entity": {"id": "e", "name": "me"}}
+            bucket = {"id": "r", "name": "abc", "displayName": "d", "config": "{}", "project": project, "historyLineCount": 0}
+            data = {"upsertBucket": {"bucket": bucket, "inserted": True}}
+        body = json.dumps({"data": data}).encode()
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *args):
+        pass
+
+
+def test_a_run_outlives_wandb_hanging_from_the_start_or_later(tmp_path):
+    servers = [ThreadingHTTPServer(("127.0.0.1", 0), type("Server", (Wandb,), {})) for _ in range(2)]
+    servers[0].RequestHandlerClass.hangs = True
+    runs = []
+    for n, server in enumerate(servers):
+        server.daemon_threads = True
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        runs.append(start(tmp_path / str(n), "--wandb_mode=online", WANDB_BASE_URL=f"http://127.0.0.1:{server.server_port}",
+                          WANDB_API_KEY="0" * 40, OMP_NUM_THREADS="1"))
+    wait_for(runs[1], lambda: saved(tmp_path / "1"))
+    servers[1].RequestHandlerClass.hangs = True
+    errs = [finish(run, tmp_path / str(n)) for n, run in enumerate(runs)]
+    assert "the run goes on without it" in errs[0]
+    assert "Timed out finishing run" in errs[1] and "goes on without it" not in errs[1]
+    assert_same(tmp_path / "0", tmp_path / "1")
+
+
+def kill_and_resume(folder, kills, random, total):
+    """Kills a run that often and goes on with it each time. -> a list of (what it was doing, steps lost)"""
+    done = []
+    for n in range(kills):
+        wanted = ("harvesting", "training", "saving", "evaluating")[n % 4]
+        before = rows(folder)
+        run = start(folder, *(["--resume=latest"] if saved(folder) else []), num_tokens=total)
+        err = lambda: (folder / "stderr.txt").read_text()
+        if wanted == "harvesting":
+            wait_for(run, lambda: "filling the buffer" in err())
+            time.sleep(random.uniform(0, 1))
+        else:
+            wait_for(run, lambda: "training" in err() and rows(folder) != before)
+            time.sleep(random.uniform(0, 2))
+            if wanted == "saving":
+                wait_for(run, lambda: list((folder / "version_0").glob(".step_*")))
+            elif wanted == "evaluating":
+                wait_for(run, lambda: evaluating(folder))
+            time.sleep(random.uniform(0, 0.1))
+        doing = ("harvesting" if "training" not in err() else "evaluating" if evaluating(folder)
+                 else "saving" if list((folder / "version_0").glob(".step_*")) else "training")
+        assert run.poll() is None, err()[-2000:]
+        run.kill()
+        run.wait()
+        at = rows(folder)[-1]["step"] if rows(folder) else 0
+        done.append((doing, max(0, at - (int(saved(folder)[-1].name[5:]) if saved(folder) else 0))))
+        print(f"kill {n + 1}: {doing} at step {at}, {done[-1][1]} steps lost", flush=True)
+    return done
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kills", type=int, default=20)
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    total = 60_000 * args.kills
+    with tempfile.TemporaryDirectory() as folder:
+        whole, killed = Path(folder, "whole"), Path(folder, "killed")
+        finish(start(whole, num_tokens=total), whole)
+        done = kill_and_resume(killed, args.kills, random.Random(args.seed), total)
+        finish(start(killed, "--resume=latest", num_tokens=total), killed)
+        assert_same(killed, whole)
+    print("\n| killed while | tried | survived, the same to the last bit | most steps lost |\n|---|---|---|---|")
+    for doing, count in Counter(doing for doing, _ in done).items():
+        print(f"| {doing} | {count} | {count} | {max(lost for each, lost in done if each == doing)} |")
