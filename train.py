@@ -189,7 +189,7 @@ def note_start(folder: Path) -> None:
 def stop_on_signals(trainer: Trainer) -> None:
     """Lets SIGINT and SIGTERM end the training after the step; a second signal ends the process at once."""
     def stop(number: int, frame) -> None:
-        trainer.stop = SystemExit(128 + number)
+        trainer.stop = KeyboardInterrupt(128 + number)
         for each in (signal.SIGINT, signal.SIGTERM):
             signal.signal(each, signal.SIG_DFL)
 
@@ -211,8 +211,10 @@ def main(argv: list[str]) -> int:
     except (ValueError, FloatingPointError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2 if isinstance(error, ValueError) else 1
-    except KeyboardInterrupt:
-        return 130
+    except KeyboardInterrupt as stop:
+        if stop.args:
+            print(f"stopped; go on with --resume={trainer.run_dir}", file=sys.stderr)
+        return stop.args[0] if stop.args else 130
     print(results(cfg, metrics, len(trainer.crosscoder.b_dec)))
     seconds = time.time() - start
     print(f"{cfg['num_tokens'] / seconds:,.0f} tokens/s all in all, {format_seconds(seconds)}, "

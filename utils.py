@@ -592,7 +592,7 @@ class Buffer:
             resids = get_stacked_resids(self.models, self.all_tokens[seqs % len(self.all_tokens)], self.cfg)
             part = rows[low:high]
             acts = resids[part // self.positions - seqs[0], part % self.positions + 1]
-            if not (finite := acts.sum((1, 2)).isfinite()).all():
+            if not (finite := acts.sum((1, 2)).isfinite().cpu()).all():
                 broken = part[~finite] // self.positions % len(self.all_tokens)
                 raise FloatingPointError(f"activations of sequences {broken.unique().tolist()} not finite")
             self.buffer[slots[low:high]] = acts.to(self.buffer.device)
@@ -600,7 +600,7 @@ class Buffer:
 
     def state_dict(self) -> dict:
         """All but the activations, which load_state_dict harvests again, and a hash of the text."""
-        text = self.all_tokens[: math.ceil(self.next_row / self.positions)].contiguous().numpy()
+        text = self.all_tokens[: math.ceil(self.next_row / self.positions)].contiguous().cpu().numpy()
         state = {name: getattr(self, name) for name in self.STATE}
         return {**state, "generator": self.generator.get_state(), "text": hashlib.sha256(text).hexdigest()}
 
@@ -797,14 +797,15 @@ class Trainer:
             with suppress(FileExistsError):
                 (folder := Path(self.cfg["save_dir"], f"version_{n}")).mkdir(parents=True)
                 break
-        self.lock = filelock.FileLock(folder / ".lock", blocking=False)
+        self.lock = filelock.FileLock(folder / ".lock", blocking=False, is_singleton=True)
         try:
             self.lock.acquire()
         except filelock.Timeout:
             raise bad("resume", self.cfg["resume"], f"another run is at work in {folder}") from None
         for left in folder.glob(".step_*"):  # where a process died while writing
             shutil.rmtree(left)
-        (folder / "cfg.json").write_text(json.dumps(self.cfg, indent=2) + "\n")
+        with atomically(folder / "cfg.json") as temporary:
+            temporary.write_text(json.dumps(self.cfg, indent=2) + "\n")
         return folder
 
     def log(self, metrics: dict[str, float | Tensor]) -> None:
@@ -843,8 +844,9 @@ class Trainer:
         except (OSError, safetensors.SafetensorError) as error:
             tqdm.tqdm.write(f"cannot save {folder} ({error}); it is tried again", file=sys.stderr)
             return None
-        for old in sorted(self.run_dir.glob("step_*"))[: -self.cfg["keep"]]:
-            shutil.rmtree(old.rename(old.with_name(f".{old.name}")))  # nobody sees half of it
+        with suppress(OSError):  # it only takes space
+            for old in sorted(self.run_dir.glob("step_*"))[: -self.cfg["keep"]]:
+                shutil.rmtree(old.rename(old.with_name(f".{old.name}")))  # nobody sees half of it
         return folder
 
     def train(self) -> dict[str, float]:
@@ -883,7 +885,8 @@ class Trainer:
             self.log(final := self.evaluate())
             return final
         except BaseException:
-            self.save()
+            if self.skipped_in_a_row < MOST_SKIPPED:  # else what there is is better
+                self.save()
             raise
         finally:
             bar.close()
