@@ -392,7 +392,7 @@ def kill_and_resume(folder, kills, random, total):
         err = lambda: (folder / "stderr.txt").read_text()
         if wanted == "harvesting":
             wait_for(run, lambda: "filling the buffer" in err())
-            time.sleep(random.uniform(0, 1))
+            time.sleep(random.uniform(0, 0.3))
         else:
             wait_for(run, lambda: "training" in err() and rows(folder) != before)
             time.sleep(random.uniform(0, 2))
