@@ -148,11 +148,15 @@ def header(cfg: dict, models: list) -> str:
     names = source_names(cfg, n_layers)
     parameters = count_parameters(cfg, n_layers, d_model)
     memory = get_memory(cfg, models, n_layers, d_model).items()
+    done = re.search(r"step_(\d+)$", cfg["resume"])
     seconds = estimate_seconds(cfg, models, n_layers, d_model)
+    if done:
+        seconds *= 1 - int(done[1]) * cfg["batch_size"] / cfg["num_tokens"]
     if cfg["device"] == "cpu" and seconds > 3600:
         print(f"warning: without a GPU this run takes about {format_seconds(seconds)}; --preset=tiny takes "
               "a minute", file=sys.stderr)
     return "\n".join((
+        *[f"resuming    {cfg['resume']}"] * bool(cfg["resume"]),
         f"models      {cfg['model_name']}",
         f"sources     {n_layers} of width {d_model}: {names[0]}{f' to {names[-1]}' if n_layers > 1 else ''}",
         f"dictionary  {cfg['dict_size']:,} latents, {parameters:,} parameters, compute in {cfg['enc_dtype']}",
@@ -199,25 +203,32 @@ def stop_on_signals(trainer: Trainer) -> None:
 
 def main(argv: list[str]) -> int:
     """One run. -> exit code: 0, 1 where the numbers broke down, 2 for a user's mistake, 130 or 143 after a signal"""
+    start, trainer = time.time(), None
     try:
-        start, cfg = time.time(), make_cfg(**parse_overrides(argv))
+        cfg = make_cfg(**parse_overrides(argv))
         models = load_models(cfg)
         print(header(cfg, models), flush=True)
         all_tokens = load_tokens(cfg, models[0].tokenizer)
         trainer = Trainer(cfg, models, all_tokens)
+        first_step = trainer.step_counter
         note_start(trainer.run_dir)
         stop_on_signals(trainer)
         metrics = trainer.train()
-    except (ValueError, FloatingPointError) as error:
+    except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
-        return 2 if isinstance(error, ValueError) else 1
+        return 2
+    except FloatingPointError as error:
+        last = max(trainer.run_dir.glob("step_*"), default=None) if trainer else None
+        print(f"error: {error}; last good checkpoint: {last}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt as stop:
         if stop.args:
             print(f"stopped; go on with --resume={trainer.run_dir}", file=sys.stderr)
         return stop.args[0] if stop.args else 130
     print(results(cfg, metrics, len(trainer.crosscoder.b_dec)))
     seconds = time.time() - start
-    print(f"{cfg['num_tokens'] / seconds:,.0f} tokens/s all in all, {format_seconds(seconds)}, "
+    tokens = (trainer.step_counter - first_step) * cfg["batch_size"]
+    print(f"{tokens / seconds:,.0f} tokens/s all in all, {format_seconds(seconds)}, "
           f"peak memory {peak_memory_gb(cfg):.2f} GB")
     print(f'load it with: crosscoder = CrossCoder.load("{trainer.run_dir}")')
     return 0

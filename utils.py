@@ -214,16 +214,16 @@ def read_checkpoint(key: str, path: Path, names: tuple, device: str = "cpu") -> 
     folders = sorted(path.glob("step_*")) or [path]
     while folders:
         folder, files = folders.pop(), {}
-
-        def tensor(value: dict):  # see CrossCoder.save; copied, as tensors in a file are not aligned
-            return files["trainer.safetensors"][value["tensor"]].clone() if "tensor" in value else value
-
         try:
             manifest = json.loads((folder / "manifest.json").read_text())
             for name in names:
                 assert manifest.get(name) == _identity(folder / name), f"{name} is not as in manifest.json"
-                files[name] = (safetensors.torch.load_file(folder / name, device) if name[-5:] != ".json"
-                               else json.loads((folder / name).read_text(), object_hook=tensor))
+                if name.endswith(".safetensors"):  # copied, as tensors in a file are not aligned
+                    tensors = safetensors.torch.load_file(folder / name, device)
+                    files[name] = {key: tensor.clone() for key, tensor in tensors.items()}
+                else:  # where {"tensor": key} stands for a tensor, see CrossCoder.save
+                    files[name] = json.loads((folder / name).read_text(), object_hook=lambda value: (
+                        files["trainer.safetensors"][value["tensor"]] if "tensor" in value else value))
             return folder, files
         except Exception as error:
             problem = bad(key, str(folder), f"no checkpoint, or a damaged one ({error})")
@@ -871,11 +871,10 @@ class Trainer:
                     live = "loss {loss/total:.1f} FVU {fvu/batch:.3f} L0 {sparsity/l0_batch:.1f}"
                     bar.set_postfix_str(f"{live.format_map(self.history[-1])} {speed:,.0f} tok/s")
                     if self.skipped_in_a_row >= MOST_SKIPPED:
-                        norms = [f"{norm:.3g}" for norm in self.buffer.buffer.norm(dim=-1).amax(0)]
-                        raise FloatingPointError(
-                            f"step {self.step_counter}: loss or gradients not finite {MOST_SKIPPED} times "
-                            f"in a row; largest norms: {dict(zip(source_names(cfg, len(norms)), norms))}; "
-                            f"last good checkpoint: {max(self.run_dir.glob('step_*'), default=None)}")
+                        norms = self.buffer.buffer.norm(dim=-1).amax(0).tolist()
+                        norms = dict(zip(source_names(cfg, len(norms)), norms))
+                        raise FloatingPointError(f"step {self.step_counter}: loss or gradients not finite "
+                                                 f"{MOST_SKIPPED} times in a row; largest norms: {norms}")
                 if self.step_counter % cfg["save_every"] == 0 and self.step_counter < self.total_steps:
                     self.save()
             while not self.stop and not self.save():

@@ -363,21 +363,34 @@ class Wandb(BaseHTTPRequestHandler):
         pass
 
 
-def test_a_run_outlives_wandb_hanging_from_the_start_or_later(tmp_path):
-    servers = [ThreadingHTTPServer(("127.0.0.1", 0), type("Server", (Wandb,), {})) for _ in range(2)]
-    servers[0].RequestHandlerClass.hangs = True
-    runs = []
-    for n, server in enumerate(servers):
+@pytest.fixture(scope="module", autouse=True)
+def with_wandb(tmp_path_factory):
+    """Two runs in the background of the other tests, as they mostly wait: one whose server never answers, one whose
+    server stops answering once there is a checkpoint. -> (process, folder) of each"""
+    runs, servers = [], [ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (Wandb,), {})) for _ in range(2)]
+    for server in servers:
         server.daemon_threads = True
         threading.Thread(target=server.serve_forever, daemon=True).start()
-        runs.append(start(tmp_path / str(n), "--wandb_mode=online", WANDB_BASE_URL=f"http://127.0.0.1:{server.server_port}",
-                          WANDB_API_KEY="0" * 40, OMP_NUM_THREADS="1"))
-    wait_for(runs[1], lambda: saved(tmp_path / "1"))
-    servers[1].RequestHandlerClass.hangs = True
-    errs = [finish(run, tmp_path / str(n)) for n, run in enumerate(runs)]
-    assert "the run goes on without it" in errs[0]
-    assert "Timed out finishing run" in errs[1] and "goes on without it" not in errs[1]
-    assert_same(tmp_path / "0", tmp_path / "1")
+        folder = tmp_path_factory.mktemp("wandb")
+        runs.append((start(folder, "--wandb_mode=online", WANDB_BASE_URL=f"http://127.0.0.1:{server.server_port}",
+                           WANDB_API_KEY="0" * 40, OMP_NUM_THREADS="1"), folder))
+    servers[0].RequestHandlerClass.hangs = True
+
+    def hang():
+        wait_for(runs[1][0], lambda: saved(runs[1][1]))
+        servers[1].RequestHandlerClass.hangs = True
+
+    threading.Thread(target=hang, daemon=True).start()
+    yield runs
+    for run, _ in runs:
+        run.kill()
+
+
+def test_a_run_outlives_wandb_hanging_from_the_start_or_later(with_wandb):
+    never, later = (finish(*each) for each in with_wandb)
+    assert "the run goes on without it" in never
+    assert "Timed out finishing run" in later and "goes on without it" not in later
+    assert_same(with_wandb[0][1], with_wandb[1][1])
 
 
 def kill_and_resume(folder, kills, random, total):
@@ -401,8 +414,8 @@ def kill_and_resume(folder, kills, random, total):
             elif wanted == "evaluating":
                 wait_for(run, lambda: evaluating(folder))
             time.sleep(random.uniform(0, 0.1))
-        doing = ("harvesting" if "training" not in err() else "evaluating" if evaluating(folder)
-                 else "saving" if list((folder / "version_0").glob(".step_*")) else "training")
+        doing = ("harvesting" if "training" not in err() else "saving" if list((folder / "version_0").glob(".step_*"))
+                 else "evaluating" if evaluating(folder) else "training")
         assert run.poll() is None, err()[-2000:]
         run.kill()
         run.wait()
