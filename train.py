@@ -76,7 +76,7 @@ def get_memory(cfg: dict, models: list, n_layers: int, d_model: int) -> dict[str
         "at work": max(
             5 * parameters,  # gradients, and weights and products in the compute type
             cfg["batch_size"] * (20 * width + 12 * cfg["dict_size"]),  # a step's activations
-            seqs * seq_len * itemsize * (width + 13 * models[0].cfg.d_model),  # harvesting
+            seqs * seq_len * itemsize * (width + max(width, 13 * models[0].cfg.d_model)),  # harvesting
             min(seqs, cfg["eval_seqs"]) * seq_len * itemsize * (2 * width + d_vocab)  # evaluating: logits,
             + 8 * seq_len * d_vocab)}  # and a sequence's in fp32, twice
 

@@ -719,7 +719,7 @@ class Trainer:
             _, files = read_checkpoint("resume", resume, RESUME, cfg["device"])
             state = files["trainer.json"]
         self.buffer = Buffer(cfg, models, all_tokens[: -cfg["eval_seqs"]], state.get("buffer", {}))
-        self.crosscoder = CrossCoder(cfg, *self.buffer.buffer.shape[1:])
+        self.crosscoder = CrossCoder({**cfg, "resume": ""}, *self.buffer.buffer.shape[1:])
         self.optimizer = torch.optim.Adam(
             self.crosscoder.parameters(), cfg["lr"], betas=(cfg["beta1"], cfg["beta2"]), fused=True)
         self.total_steps = cfg["num_tokens"] // cfg["batch_size"]
