@@ -71,8 +71,10 @@ def saved(folder):
 
 
 def evaluating(folder):
-    """The last that was logged is a step after which there is an evaluation."""
-    return bool(last := rows(folder)[-1:]) and "loss/total" in last[0] and last[0]["step"] % 50 == 0
+    """The last that was logged and the last that was saved are a step after which there is an evaluation."""
+    last = rows(folder)[-1] if rows(folder) else {}
+    return "loss/total" in last and last["step"] % 50 == 0 and saved(folder)[-1:] == [
+        folder / "version_0" / f"step_{last['step']:07d}"]
 
 
 def assert_same(folder, whole):
