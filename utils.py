@@ -717,7 +717,9 @@ class Trainer:
                 if later.name > resume.name:
                     later.rename(self.run_dir / f"undone_{time.time():.0f}_{later.name}")
             _, files = read_checkpoint("resume", resume, RESUME, cfg["device"])
-            state = files["trainer.json"]
+            state = files["trainer.json"] or {}
+            if missing := {*self.STATE, "adam", "buffer"} - {*state}:
+                raise bad("resume", cfg["resume"], f"of another version: it lacks {', '.join(missing)}")
         self.buffer = Buffer(cfg, models, all_tokens[: -cfg["eval_seqs"]], state.get("buffer", {}))
         self.crosscoder = CrossCoder({**cfg, "resume": ""}, *self.buffer.buffer.shape[1:])
         self.optimizer = torch.optim.Adam(

@@ -4,6 +4,7 @@
 """
 import argparse
 import contextlib
+import hashlib
 import json
 import math
 import os
@@ -152,6 +153,14 @@ def flip(file):
     file.write_bytes(data)
 
 
+def sign(folder, name):
+    """Puts a changed file into the manifest, as a stranger would."""
+    manifest = json.loads((folder / "manifest.json").read_text())
+    data = (folder / name).read_bytes()
+    manifest[name] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+
+
 @pytest.mark.parametrize("name", ["trainer.safetensors", "crosscoder.safetensors", "trainer.json", "cfg.json", "manifest.json"])
 def test_a_damaged_checkpoint_is_refused_by_name_and_the_one_before_is_taken(copy, name):
     last, before = saved(copy)[-1] / name, saved(copy)[-2]
@@ -181,6 +190,15 @@ def test_what_must_not_change_on_resume_is_refused_by_name(copy):
     for resume in ("latest", copy / "no"):
         with pytest.raises(ValueError, match="^resume="):
             make_cfg(resume=resume)
+
+
+@pytest.mark.parametrize("content", ["{}", "[]", "null", '{"step_counter": 3}'])
+def test_a_checkpoint_without_a_runs_state_is_refused(copy, models, tokens, content):
+    folder = saved(copy)[-1]
+    (folder / "trainer.json").write_text(content)
+    sign(folder, "trainer.json")
+    with pytest.raises(ValueError, match="^resume=.*another version"):
+        Trainer(make_cfg(resume=folder), models, tokens)
 
 
 def test_another_text_is_refused_and_more_text_is_not(copy):
@@ -289,10 +307,8 @@ def test_a_file_from_strangers_runs_no_code(copy, name):
     folder = saved(copy)[-1]
     for data in (pickle.dumps(Exploit()), None):
         (folder / name).write_bytes(data) if data else torch.save(Exploit(), folder / name)
-        if name != "manifest.json":  # a stranger's manifest would fit
-            manifest = json.loads((folder / "manifest.json").read_text())
-            manifest[name] = __import__("utils")._identity(folder / name)
-            (folder / "manifest.json").write_text(json.dumps(manifest))
+        if name != "manifest.json":
+            sign(folder, name)
         with pytest.raises(ValueError, match="^resume=.*damaged"):
             make_cfg(resume=folder)
         if not name.startswith("trainer"):
@@ -325,6 +341,24 @@ def test_two_runs_at_the_same_moment_each_get_a_folder_and_a_run_is_resumed_only
     assert re.search("^error: resume=.*another run is at work in", finish(start(copy, "--resume=latest"), copy, code=2), re.M)
     first.kill()
     first.wait()
+
+
+@pytest.mark.parametrize("odd", [{"buffer_mult": 7, "model_batch_size": 3}, {"batch_size": 50, "buffer_mult": 5},
+                                 {"model_name": f"{TINY / 'base'},{TINY / 'tuned'}", "layers": "0,2", "enc_dtype": "bf16"}])
+def test_a_run_resumed_in_a_later_epoch_is_the_same_to_the_last_bit(cfg, tokens, tmp_path, odd):
+    cfg = {**cfg, "save_dir": str(tmp_path), **odd}
+    models = load_models(cfg)
+    one, other = (Trainer(cfg, models, tokens[:20]) for _ in range(2))
+    for _ in range(60):
+        wanted = one.step()
+    for _ in range(35):
+        other.step()
+    resumed = Trainer({**cfg, "resume": str(other.save())}, models, tokens[:20])
+    for _ in range(25):
+        metrics = resumed.step()
+    assert wanted["data/rows_replayed"] > 0 and all(metrics[key] == wanted[key] for key in wanted)
+    assert torch.equal(resumed.buffer.buffer, one.buffer.buffer)
+    assert all(torch.equal(a, b) for a, b in zip(resumed.crosscoder.parameters(), one.crosscoder.parameters()))
 
 
 def test_a_longer_run_can_follow_and_the_folder_says_what_made_it(copy):
