@@ -180,13 +180,14 @@ def results(cfg: dict, metrics: dict[str, float], n_layers: int) -> str:
     return "\n".join(lines)
 
 
-def note_start(folder: Path) -> None:
-    """Adds to starts.jsonl in a run's folder what this process is: command line, git commit, versions."""
+def note_start(trainer: Trainer) -> None:
+    """Puts cfg.json into a run's folder, and adds to starts.jsonl: command line, git commit, versions."""
     git = ["git", "-C", Path(__file__).parent, "describe", "--always", "--dirty", "--abbrev=40"]
     commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() if shutil.which("git") else ""
     versions = {each.name: each.version for each in distributions()}
     start = {"time": time.ctime(), "command": sys.orig_argv, "python": sys.version, "commit": commit, "versions": versions}
-    with open(folder / "starts.jsonl", "a") as file:
+    (trainer.run_dir / "cfg.json").write_text(json.dumps(trainer.cfg, indent=2) + "\n")
+    with open(trainer.run_dir / "starts.jsonl", "a") as file:
         file.write(json.dumps(start) + "\n")
 
 
@@ -211,7 +212,7 @@ def main(argv: list[str]) -> int:
         all_tokens = load_tokens(cfg, models[0].tokenizer)
         trainer = Trainer(cfg, models, all_tokens)
         first_step = trainer.step_counter
-        note_start(trainer.run_dir)
+        note_start(trainer)
         stop_on_signals(trainer)
         metrics = trainer.train()
     except ValueError as error:

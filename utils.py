@@ -235,7 +235,6 @@ def read_checkpoint(key: str, path: Path, names: tuple, device: str = "cpu") -> 
 # ---- Tokens ----------------------------------------------------------------------------------------------
 def load_tokens(cfg: dict, tokenizer) -> Int[Tensor, "n_seqs seq_len"]:
     """The text as token ids, memory-mapped: the file cfg["tokens"], or cfg["dataset"] by way of a cache file.
-
     Raises ValueError where there is nothing that the models can be run on."""
     path = Path(cfg["tokens"] or _tokenise(cfg, tokenizer))
     try:
@@ -355,10 +354,8 @@ def get_stacked_resids(models: list, tokens: Int[Tensor, "batch pos"], cfg: dict
 
 
 def load_models(cfg: dict) -> list[TransformerBridge]:
-    """Opens the models of cfg["model_name"], each once, in the compute type.
-
-    Raises ValueError where one cannot be opened, its context is too short, a layer or site does not exist, or
-    the models' tokenizers or the sources' widths differ."""
+    """Opens the models of cfg["model_name"], each once, in the compute type. ValueError where one cannot be
+    opened or is too short for seq_len, a source does not exist, or tokenizers or sources' widths differ."""
     names, opened = cfg["model_name"].split(","), {}
     for name in dict.fromkeys(names):
         try:
@@ -740,7 +737,6 @@ class Trainer:
         else:
             self.crosscoder.norm_factor.copy_(self.get_norm_factor())
 
-    @torch.no_grad()
     def get_norm_factor(self) -> Float[Tensor, "n_layers"]:
         """E||x|| / sqrt(d_model) of each source, over the rows in the buffer; or the published ones."""
         if self.cfg["norm"] == "published":
@@ -806,8 +802,6 @@ class Trainer:
             raise bad("resume", self.cfg["resume"], f"another run is at work in {folder}") from None
         for left in folder.glob(".step_*"):  # where a process died while writing
             shutil.rmtree(left)
-        with atomically(folder / "cfg.json") as temporary:
-            temporary.write_text(json.dumps(self.cfg, indent=2) + "\n")
         return folder
 
     def log(self, metrics: dict[str, float | Tensor]) -> None:
@@ -857,8 +851,7 @@ class Trainer:
         gradients of MOST_SKIPPED steps in a row are not finite."""
         cfg, last, clock = self.cfg, self.step_counter, time.time()
         self._wandb("init", project="crosscoders", dir=self.run_dir, config=cfg, mode=cfg["wandb_mode"],
-                    id=self.wandb_id, resume="allow",
-                    settings=wandb.Settings(init_timeout=30, finish_timeout=30))
+                    id=self.wandb_id, resume="allow", settings={"init_timeout": 30, "finish_timeout": 30})
         bar = tqdm.tqdm(initial=self.step_counter, total=self.total_steps, desc="training", unit="step")
         try:
             while self.step_counter < self.total_steps and not self.stop:
