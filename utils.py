@@ -208,10 +208,16 @@ def _identity(path: Path) -> dict:
     return {"bytes": path.stat().st_size, "sha256": hashlib.sha256(np.memmap(path, mode="r")).hexdigest()}
 
 
+def list_checkpoints(run: Path) -> list[Path]:
+    """The folders step_N in a run's folder, by N."""
+    steps = (each for each in run.glob("step_*") if each.name[5:].isdigit())
+    return sorted(steps, key=lambda each: int(each.name[5:]))
+
+
 def read_checkpoint(key: str, path: Path, names: tuple, device: str = "cpu") -> tuple[Path, dict[str, dict]]:
     """A checkpoint, `path` or the newest undamaged one in a run's folder: the folder and its files of these
     names, which are data and never code. ValueError, naming the key, where there is none."""
-    folders = sorted(path.glob("step_*")) or [path]
+    folders = list_checkpoints(path) or [path]
     while folders:
         folder, files = folders.pop(), {}
         try:
@@ -710,9 +716,7 @@ class Trainer:
         self.cfg, self.models, self.eval_tokens = cfg, models, all_tokens[-cfg["eval_seqs"] :]
         resume, state = Path(cfg["resume"]), {}
         if cfg["resume"]:
-            for later in sorted(self.run_dir.glob("step_*")):  # what the run did then is put aside
-                if later.name > resume.name:
-                    later.rename(self.run_dir / f"undone_{time.time():.0f}_{later.name}")
+            self.run_dir  # locks it
             _, files = read_checkpoint("resume", resume, RESUME, cfg["device"])
             state = files["trainer.json"] or {}
             if missing := {*self.STATE, "adam", "buffer"} - {*state}:
@@ -733,6 +737,9 @@ class Trainer:
             adam = {int(number): each for number, each in state["adam"].items()}
             self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": adam})
             vars(self).update({name: state[name] for name in self.STATE})
+            for later in list_checkpoints(self.run_dir):  # what the run did then is put aside
+                if int(later.name[5:]) > self.step_counter:
+                    later.rename(self.run_dir / f"undone_{time.time():.0f}_{later.name}")
             self._write_history()  # without what was logged after the checkpoint
         else:
             self.crosscoder.norm_factor.copy_(self.get_norm_factor())
@@ -841,7 +848,7 @@ class Trainer:
             tqdm.tqdm.write(f"cannot save {folder} ({error}); it is tried again", file=sys.stderr)
             return None
         with suppress(OSError):  # it only takes space
-            for old in sorted(self.run_dir.glob("step_*"))[: -self.cfg["keep"]]:
+            for old in list_checkpoints(self.run_dir)[: -self.cfg["keep"]]:
                 shutil.rmtree(old.rename(old.with_name(f".{old.name}")))  # nobody sees half of it
         return folder
 
@@ -855,7 +862,8 @@ class Trainer:
         bar = tqdm.tqdm(initial=self.step_counter, total=self.total_steps, desc="training", unit="step")
         try:
             while self.step_counter < self.total_steps and not self.stop:
-                if self.step_counter % cfg["eval_every"] == 0:
+                evaluated = [row["step"] for row in self.history[-1:] if "ce/clean" in row]  # before an error
+                if self.step_counter % cfg["eval_every"] == 0 and evaluated != [self.step_counter]:
                     self.log(self.evaluate())
                 metrics = self.step()
                 bar.update()

@@ -207,8 +207,29 @@ def test_another_text_is_refused_and_more_text_is_not(copy):
     tokens = load_tokens(cfg, models[0].tokenizer).clone()
     Trainer(cfg, models, torch.cat([tokens, tokens[:5]])).lock.release()
     tokens[3, 3] = 7
+    before = saved(copy)
     with pytest.raises(ValueError, match="^tokens=.*not the text"):
-        Trainer(cfg, models, tokens)
+        Trainer({**cfg, "resume": str(before[0])}, models, tokens)
+    assert saved(copy) == before  # nothing is put aside in vain
+
+
+def test_after_an_error_no_evaluation_is_logged_twice(cfg, models, tokens, tmp_path):
+    cfg = {**cfg, "eval_every": 10, "log_every": 5, "save_dir": str(tmp_path)}
+    trainer = Trainer(cfg, models, tokens[:60])
+    trainer.buffer.next, next_batch = (lambda: next_batch() if trainer.step_counter < 20 else 1 / 0), trainer.buffer.next
+    with pytest.raises(ZeroDivisionError):
+        trainer.train()
+    Trainer({**cfg, "resume": str(saved(tmp_path)[-1])}, models, tokens[:60]).train()
+    assert [row["step"] for row in rows(tmp_path) if "fvu/all" in row] == [0, 10, 20, 30, 40]
+
+
+def test_checkpoints_are_kept_by_number_and_other_files_are_left_alone(cfg, models, tokens, tmp_path):
+    trainer = Trainer({**cfg, "keep": 2, "save_dir": str(tmp_path)}, models, tokens[:60])
+    (trainer.run_dir / "step_notes").mkdir()
+    for trainer.step_counter in (9_999_990, 9_999_999, 10_000_000):
+        trainer.save()
+    assert sorted(path.name for path in saved(tmp_path)) == ["step_10000000", "step_9999999", "step_notes"]
+    assert make_cfg(resume=trainer.run_dir)["resume"].endswith("step_10000000")
 
 
 @contextlib.contextmanager
