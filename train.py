@@ -30,7 +30,8 @@ import torch
 
 import utils
 from utils import (
-    CrossCoder, Trainer, default_cfg, get_stacked_resids, load_models, load_tokens, make_cfg, source_names)
+    CrossCoder, Trainer, default_cfg, get_stacked_resids, list_checkpoints, load_models, load_tokens, make_cfg,
+    source_names)
 
 
 class Parser(argparse.ArgumentParser):
@@ -102,7 +103,7 @@ def free_memory(device: str) -> int:
     if device.startswith("cuda"):
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + unused
-    return psutil.virtual_memory().available  # mps shares it
+    return psutil.virtual_memory().available
 
 
 def estimate_seconds(cfg: dict, models: list, n_layers: int, d_model: int) -> float:
@@ -185,8 +186,10 @@ def note_start(trainer: Trainer) -> None:
     git = ["git", "-C", Path(__file__).parent, "describe", "--always", "--dirty", "--abbrev=40"]
     commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() if shutil.which("git") else ""
     versions = {each.name: each.version for each in distributions()}
-    start = {"time": time.ctime(), "command": sys.orig_argv, "python": sys.version, "commit": commit, "versions": versions}
-    (trainer.run_dir / "cfg.json").write_text(json.dumps(trainer.cfg, indent=2) + "\n")
+    start = {"time": time.ctime(), "command": sys.orig_argv, "python": sys.version, "commit": commit,
+             "versions": versions}
+    with utils.atomically(trainer.run_dir / "cfg.json") as temporary:
+        temporary.write_text(json.dumps(trainer.crosscoder.cfg, indent=2) + "\n")
     with open(trainer.run_dir / "starts.jsonl", "a") as file:
         file.write(json.dumps(start) + "\n")
 
@@ -202,8 +205,13 @@ def stop_on_signals(trainer: Trainer) -> None:
         signal.signal(each, stop)
 
 
+def newest(trainer: Trainer | None) -> Path | None:
+    """The checkpoint that a run can go on from."""
+    return (list_checkpoints(trainer.run_dir) or [None])[-1] if trainer else None
+
+
 def main(argv: list[str]) -> int:
-    """One run. -> exit code: 0, 1 where the numbers broke down, 2 for a user's mistake, 130 or 143 after a signal"""
+    """One run. -> exit code: 0; 1 where numbers or disk broke down; 2: a user's mistake; 130, 143: a signal"""
     start, trainer = time.time(), None
     try:
         cfg = make_cfg(**parse_overrides(argv))
@@ -218,13 +226,15 @@ def main(argv: list[str]) -> int:
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except OSError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
     except FloatingPointError as error:
-        last = max(trainer.run_dir.glob("step_*"), default=None) if trainer else None
-        print(f"error: {error}; last good checkpoint: {last}", file=sys.stderr)
+        print(f"error: {error}; last good checkpoint: {newest(trainer)}", file=sys.stderr)
         return 1
     except KeyboardInterrupt as stop:
-        if stop.args:
-            print(f"stopped; go on with --resume={trainer.run_dir}", file=sys.stderr)
+        last = newest(trainer)
+        print(f"stopped; {f'go on with --resume={last}' if last else 'nothing is saved'}", file=sys.stderr)
         return stop.args[0] if stop.args else 130
     print(results(cfg, metrics, len(trainer.crosscoder.b_dec)))
     seconds = time.time() - start

@@ -21,7 +21,7 @@ import tempfile
 import time
 from collections import namedtuple
 from contextlib import contextmanager, suppress
-from functools import cached_property, partial
+from functools import partial
 from pathlib import Path
 from typing import Iterator, NamedTuple
 
@@ -47,7 +47,7 @@ default_cfg = {
     # the run
     "preset": "gpt2-small",  # gpt2-small or tiny: its values stand in for these defaults
     "seed": 51,  # of the initial weights and of the shuffling
-    "device": "auto",  # cuda, cuda:1, mps or cpu; auto takes the first there is
+    "device": "auto",  # cuda, cuda:1 or cpu; auto is cuda where there is one
     "save_dir": "checkpoints",  # folder in which each run makes its own, version_N
     "save_every": 100_000,  # steps between checkpoints; one is always written at the end
     "keep": 3,  # how many of a run's checkpoints are kept, the newest
@@ -113,16 +113,15 @@ def make_cfg(**overrides) -> dict:
     """The config: default_cfg, then the values of the preset or of the run to resume, then overrides, as text
     or not; 1e8 is a whole number too. Every "auto" is filled in. Read-only afterwards.
     Raises ValueError naming the key, the value and what would be right."""
-    for key in overrides:
-        if key not in default_cfg:
-            near = difflib.get_close_matches(key, default_cfg, n=1)
-            raise ValueError(f"{key}: no such key, " + (f"did you mean {near[0]}?" if near else "see --help"))
+    for key in overrides.keys() - default_cfg.keys():
+        near = difflib.get_close_matches(key, default_cfg, n=1)
+        raise ValueError(f"{key}: no such key, " + (f"did you mean {near[0]}?" if near else "see --help"))
     preset = _convert("preset", overrides.get("preset", default_cfg["preset"]))
     base = default_cfg | PRESETS[preset]
     if resume := str(overrides.get("resume", "")):
         saved = Path(overrides.get("save_dir", base["save_dir"])).glob("version_*/step_*")
         newest = max(saved, key=lambda folder: folder.stat().st_mtime, default=Path("latest/none"))
-        path = newest.parent if resume == "latest" else Path(resume)
+        path = newest.parent if resume == "latest" else Path(resume).resolve()
         overrides["resume"], files = read_checkpoint("resume", path, RESUME)
         base |= files["cfg.json"]
     cfg = {k: _convert(k, v) for k, v in (base | overrides).items() if k in default_cfg}
@@ -154,13 +153,14 @@ def _convert(key: str, value):
 
 def _fill_and_check(cfg: dict) -> None:
     """Fills in every "auto"; ValueError for what does not go together, or with this machine."""
-    best = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    best = "cuda" if torch.cuda.is_available() else "cpu"
     for key in ("device", "buffer_device"):
         if cfg[key] == "auto":
             cfg[key] = best if key == "device" else cfg["device"]
         try:
-            cfg[key] = str(torch.empty(1, device=cfg[key]).device)  # cuda is cuda:0
-        except (RuntimeError, AssertionError):
+            device = re.match("(?:cuda|cpu).*", cfg[key])[0]  # no other is tested
+            cfg[key] = str(torch.empty(1, device=device).device)  # cuda is cuda:0
+        except (RuntimeError, AssertionError, TypeError):
             raise bad(key, cfg[key], f"not on this machine; give auto, or {best}") from None
     cuda, cpu = cfg["device"].startswith("cuda"), getattr(torch.cpu, "get_capabilities", dict)()
     fast_bf16 = torch.cuda.is_bf16_supported(including_emulation=False) if cuda else (
@@ -178,11 +178,6 @@ def _fill_and_check(cfg: dict) -> None:
             raise bad("norm", "published", f"made for {key}={value}; give that, or norm=estimate")
     if cfg["center"] and not re.fullmatch("resid_.*|.*_out", cfg["site"]):
         raise bad("center", True, f"{cfg['site']} is not in the residual stream; give false")
-    folder = next(parent for parent in Path(cfg["save_dir"], "version").absolute().parents if parent.exists())
-    try:
-        tempfile.TemporaryFile(dir=folder).close()  # only writing tells
-    except OSError as error:
-        raise bad("save_dir", cfg["save_dir"], f"cannot write in {folder} ({error.strerror})") from None
 
 
 # ---- Files -----------------------------------------------------------------------------------------------
@@ -191,17 +186,21 @@ RESUME = ("cfg.json", "crosscoder.safetensors", "trainer.safetensors", "trainer.
 
 @contextmanager
 def atomically(path: Path) -> Iterator[Path]:
-    """A temporary path to write a file or a folder at; it becomes `path` once it is whole and on the disk."""
+    """A temporary path to write a file or a folder at; it becomes `path` once it is whole and on the disk.
+    A file that was there is replaced. OSError where a folder was, which stays as it is."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
         yield (new := Path(folder) / path.name)
         for each in (*new.glob("*"), new):
-            descriptor = os.open(each, os.O_RDONLY)
-            os.fsync(descriptor)
-            os.close(descriptor)
-        if path.is_dir():  # a folder cannot be renamed onto another
-            path.rename(Path(folder) / "old")
+            _flush(each)
         new.replace(path)
+    _flush(path.parent)
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    os.fsync(descriptor)
+    os.close(descriptor)
 
 
 def _identity(path: Path) -> dict:
@@ -214,7 +213,7 @@ def list_checkpoints(run: Path) -> list[Path]:
     return sorted(steps, key=lambda each: int(each.name[5:]))
 
 
-def read_checkpoint(key: str, path: Path, names: tuple, device: str = "cpu") -> tuple[Path, dict[str, dict]]:
+def read_checkpoint(key: str, path: Path, names: tuple) -> tuple[Path, dict[str, dict]]:
     """A checkpoint, `path` or the newest undamaged one in a run's folder: the folder and its files of these
     names, which are data and never code. ValueError, naming the key, where there is none."""
     folders = list_checkpoints(path) or [path]
@@ -223,9 +222,10 @@ def read_checkpoint(key: str, path: Path, names: tuple, device: str = "cpu") -> 
         try:
             manifest = json.loads((folder / "manifest.json").read_text())
             for name in names:
-                assert manifest.get(name) == _identity(folder / name), f"{name} is not as in manifest.json"
+                if manifest.get(name) != _identity(folder / name):
+                    raise ValueError(f"{name} is not as in manifest.json")
                 if name.endswith(".safetensors"):  # copied, as tensors in a file are not aligned
-                    tensors = safetensors.torch.load_file(folder / name, device)
+                    tensors = safetensors.torch.load_file(folder / name)
                     files[name] = {key: tensor.clone() for key, tensor in tensors.items()}
                 else:  # where {"tensor": key} stands for a tensor, see CrossCoder.save
                     files[name] = json.loads((folder / name).read_text(), object_hook=lambda value: (
@@ -236,6 +236,26 @@ def read_checkpoint(key: str, path: Path, names: tuple, device: str = "cpu") -> 
             if folders:
                 print(f"{problem}; trying the one before", file=sys.stderr)
     raise problem
+
+
+def open_run(cfg: dict) -> tuple[Path, filelock.FileLock]:
+    """The folder of the run to resume, or a new one: save_dir/version_N, N the first number that no run has
+    taken; and a lock on it. ValueError where it cannot be written, or another process trains there."""
+    folder, resumed = Path(cfg["resume"]).parent, Path(cfg["resume"]).name.startswith("step_")
+    try:
+        for n in () if resumed else itertools.count():
+            with suppress(FileExistsError):
+                (folder := Path(cfg["save_dir"], f"version_{n}")).mkdir(parents=True)
+                break
+        lock = filelock.FileLock(folder / ".lock", blocking=False, is_singleton=True)
+        lock.acquire()
+        for left in folder.glob(".step_*"):  # where a process died while writing
+            shutil.rmtree(left)
+    except filelock.Timeout:
+        raise bad("resume", cfg["resume"], f"another run is at work in {folder}") from None
+    except OSError as error:
+        raise bad("save_dir", cfg["save_dir"], f"cannot write in {folder} ({error.strerror})") from None
+    return folder, lock
 
 
 # ---- Tokens ----------------------------------------------------------------------------------------------
@@ -324,10 +344,6 @@ def source_names(cfg: dict, n_layers: int) -> list[str]:
             for number, model in zip(numbers, models) for layer in layers]
 
 
-class _Harvested(Exception):
-    """Ends a forward pass once its last source has been seen."""
-
-
 @torch.no_grad()
 def get_stacked_resids(models: list, tokens: Int[Tensor, "batch pos"], cfg: dict) -> Float[
         Tensor, "batch pos n_layers d_model"]:
@@ -350,9 +366,9 @@ def get_stacked_resids(models: list, tokens: Int[Tensor, "batch pos"], cfg: dict
             resids[:, :, i] = act - act.mean(-1, keepdim=True) if cfg["center"] else act
             seen.add(i)
             if mine.keys() <= seen:
-                raise _Harvested
+                raise StopIteration  # nothing above the last source is needed
 
-        with suppress(_Harvested):
+        with suppress(StopIteration):
             model.run_with_hooks(
                 tokens, return_type=None, fwd_hooks=[(hook, partial(keep, i=i)) for i, hook in mine.items()])
             raise bad("site", cfg["site"], f"{list(mine.values())} not seen; open the models with this cfg")
@@ -404,7 +420,8 @@ def _fuse(model: TransformerBridge, cfg: dict) -> None:
         for part, forward in fused.items():  # vars: an attribute set on a bridge would go to what it wraps
             vars(part)["forward"] = forward
         error = (get_stacked_resids([model], tokens, cfg)[:, 1:] - wanted).norm(dim=-1) / wanted.norm(dim=-1)
-        assert error.mean() < torch.finfo(DTYPES[cfg["enc_dtype"]]).eps ** 0.5  # 9% in bf16
+        if not error.mean() < torch.finfo(DTYPES[cfg["enc_dtype"]]).eps ** 0.5:  # 9% in bf16
+            raise ArithmeticError
     except Exception:
         config._attn_implementation, config.output_attentions = "eager", True
         for part in fused:
@@ -445,12 +462,6 @@ class CrossCoder(nn.Module):
     The weights are fp32, for the normalised space, where source l is divided by norm_factor[l]. The matrix
     products are computed in cfg["enc_dtype"]."""
 
-    W_enc: Float[Tensor, "n_layers d_model d_sae"]
-    W_dec: Float[Tensor, "d_sae n_layers d_model"]
-    b_enc: Float[Tensor, "d_sae"]
-    b_dec: Float[Tensor, "n_layers d_model"]
-    norm_factor: Float[Tensor, "n_layers"]
-
     def __init__(self, cfg: dict, n_layers: int, d_model: int):
         super().__init__()
         self.cfg, self.dtype = cfg, DTYPES[cfg["enc_dtype"]]
@@ -459,10 +470,11 @@ class CrossCoder(nn.Module):
         # unlike [A24]: as in [N24] each source's vector has the given norm, not all of them laid end to end
         W_dec *= cfg["dec_init_norm"] / W_dec.norm(dim=-1, keepdim=True)
         W_enc = einops.rearrange(W_dec, "d_sae n_layers d_model -> n_layers d_model d_sae").contiguous()
-        self.W_enc, self.W_dec = nn.Parameter(W_enc), nn.Parameter(W_dec)
-        self.b_enc = nn.Parameter(torch.zeros(cfg["dict_size"]))
-        self.b_dec = nn.Parameter(torch.zeros(n_layers, d_model))
-        self.register_buffer("norm_factor", torch.ones(n_layers))
+        self.W_enc: Float[Tensor, "n_layers d_model d_sae"] = nn.Parameter(W_enc)
+        self.W_dec: Float[Tensor, "d_sae n_layers d_model"] = nn.Parameter(W_dec)
+        self.b_enc: Float[Tensor, "d_sae"] = nn.Parameter(torch.zeros(cfg["dict_size"]))
+        self.b_dec: Float[Tensor, "n_layers d_model"] = nn.Parameter(torch.zeros(n_layers, d_model))
+        self.norm_factor: Float[Tensor, "n_layers"] = nn.Buffer(torch.ones(n_layers))
         self.to(cfg["device"])
 
     def encode(self, x: Float[Tensor, "... n_layers d_model"]) -> Float[Tensor, "... d_sae"]:
@@ -503,7 +515,8 @@ class CrossCoder(nn.Module):
 
     def save(self, path: str | Path, state: dict = {}) -> None:
         """Writes a checkpoint, whole or not at all: the folder `path` with crosscoder.safetensors, cfg.json,
-        values of a nested state in trainer.json, its tensors in trainer.safetensors, and manifest.json."""
+        values of a nested state in trainer.json, its tensors in trainer.safetensors, and manifest.json.
+        OSError where it cannot be written, or is there already."""
         tensors = {}
 
         def in_json(tensor: Tensor) -> dict:  # what stands for it
@@ -561,7 +574,7 @@ class Buffer:
         self.pointer = self.size  # how many of them are served: at first all are free
         self.next_row = 0  # the first that is not yet harvested
         self.passes = [0]  # of the models: the row that each begins with, and the one after the last
-        self.rows_served = self.rows_replayed = 0  # replayed: served in an epoch after the first
+        self.rows_served, self.rows_replayed = 0, self.order.new_zeros(())  # replayed: in a later epoch
         self.generator = torch.Generator().manual_seed(cfg["seed"])
         if state:
             self.load_state_dict(state)
@@ -612,8 +625,9 @@ class Buffer:
         vars(self).update({name: state[name] for name in self.STATE})
         if self.state_dict()["text"] != state["text"]:
             raise bad("tokens", self.cfg["tokens"] or self.cfg["dataset"], "not the text of the run so far")
-        self.order, self.row_numbers = (x.to(self.buffer.device) for x in (self.order, self.row_numbers))
-        self.generator.set_state(state["generator"].cpu())
+        self.order, self.row_numbers, self.rows_replayed = (
+            state[name].to(self.buffer.device) for name in ("order", "row_numbers", "rows_replayed"))
+        self.generator.set_state(state["generator"])
         self._harvest(self.row_numbers, self.passes)
 
     def next(self) -> Float[Tensor, "batch_size n_layers d_model"]:
@@ -714,35 +728,37 @@ class Trainer:
 
     def __init__(self, cfg: dict, models: list, all_tokens: Int[Tensor, "n_seqs seq_len"]):
         self.cfg, self.models, self.eval_tokens = cfg, models, all_tokens[-cfg["eval_seqs"] :]
-        resume, state = Path(cfg["resume"]), {}
+        state = {}
         if cfg["resume"]:
-            self.run_dir  # locks it
-            _, files = read_checkpoint("resume", resume, RESUME, cfg["device"])
+            _, files = read_checkpoint("resume", Path(cfg["resume"]), RESUME)
             state = files["trainer.json"] or {}
             if missing := {*self.STATE, "adam", "buffer"} - {*state}:
                 raise bad("resume", cfg["resume"], f"of another version: it lacks {', '.join(missing)}")
         self.buffer = Buffer(cfg, models, all_tokens[: -cfg["eval_seqs"]], state.get("buffer", {}))
+        self.run_dir, self.lock = open_run(cfg)
         self.crosscoder = CrossCoder({**cfg, "resume": ""}, *self.buffer.buffer.shape[1:])
         self.optimizer = torch.optim.Adam(
             self.crosscoder.parameters(), cfg["lr"], betas=(cfg["beta1"], cfg["beta2"]), fused=True)
-        self.total_steps = cfg["num_tokens"] // cfg["batch_size"]
-        self.step_counter = 0
+        self.step_counter, self.total_steps = 0, cfg["num_tokens"] // cfg["batch_size"]
         self.tokens_since_fired = torch.zeros(cfg["dict_size"], dtype=torch.long, device=cfg["device"])
         self.steps_skipped = self.skipped_in_a_row = torch.zeros((), device=cfg["device"])
         self.history: list[dict] = []  # all that was logged
         self.wandb_failed, self.wandb_id = False, secrets.token_hex(4)
         self.stop: BaseException | None = None  # what train raises after the step
-        if state:
-            self.crosscoder.load_state_dict(files["crosscoder.safetensors"])
-            adam = {int(number): each for number, each in state["adam"].items()}
-            self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": adam})
-            vars(self).update({name: state[name] for name in self.STATE})
-            for later in list_checkpoints(self.run_dir):  # what the run did then is put aside
-                if int(later.name[5:]) > self.step_counter:
-                    later.rename(self.run_dir / f"undone_{time.time():.0f}_{later.name}")
-            self._write_history()  # without what was logged after the checkpoint
-        else:
+        if not state:
             self.crosscoder.norm_factor.copy_(self.get_norm_factor())
+            return
+        self.crosscoder.load_state_dict(files["crosscoder.safetensors"])
+        adam = {int(number): each for number, each in state["adam"].items()}
+        self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": adam})
+        for name in self.STATE:
+            value = state[name]
+            setattr(self, name, value.to(cfg["device"]) if isinstance(value, Tensor) else value)
+        for later in list_checkpoints(self.run_dir):
+            if int(later.name[5:]) > self.step_counter:
+                aside = later.rename(self.run_dir / f"undone_{time.time():.0f}_{later.name}")
+                print(f"put aside: {aside}", file=sys.stderr)
+        self._write_history()  # without what was logged after the checkpoint
 
     def get_norm_factor(self) -> Float[Tensor, "n_layers"]:
         """E||x|| / sqrt(d_model) of each source, over the rows in the buffer; or the published ones."""
@@ -771,12 +787,9 @@ class Trainer:
         skip = ~(loss.detach() + grad_norm).isfinite() | (self.skipped_in_a_row >= MOST_SKIPPED)
         self.steps_skipped = self.steps_skipped + skip  # not in place, as the metrics hold it
         self.skipped_in_a_row = (self.skipped_in_a_row + 1) * skip
-        if grad_norm.is_mps:  # whose fused Adam may ignore grad_scale and found_inf
-            nn.utils.clip_grads_with_norm_(self.crosscoder.parameters(), 1.0, grad_norm)
-        else:  # Adam divides by it: clipped at a norm of 1; and where found_inf is 1 it does nothing
-            self.optimizer.grad_scale, self.optimizer.found_inf = grad_norm.clamp(min=1.0), skip.float()
-        if not (grad_norm.is_mps and skip):
-            self.optimizer.step()
+        # Adam divides by the one: clipped at a norm of 1; and where the other is 1 it does nothing
+        self.optimizer.grad_scale, self.optimizer.found_inf = grad_norm.clamp(min=1.0), skip.float()
+        self.optimizer.step()
         self.optimizer.zero_grad()
         self.tokens_since_fired.add_(self.cfg["batch_size"]).masked_fill_(losses.fired > 0, 0)
         self.step_counter += 1
@@ -793,33 +806,12 @@ class Trainer:
         dead = (self.tokens_since_fired >= self.cfg["dead_after"]).float().mean().item()
         return {**evaluate(self.crosscoder, self.models, self.eval_tokens, self.cfg), "sparsity/dead": dead}
 
-    @cached_property
-    def run_dir(self) -> Path:
-        """save_dir/version_N, made when first needed, N the first number that no run has taken; on resume the
-        run's folder. Locked while training lasts."""
-        folder, resume = Path(self.cfg["resume"]).parent, Path(self.cfg["resume"]).name
-        for n in () if resume.startswith("step_") else itertools.count():
-            with suppress(FileExistsError):
-                (folder := Path(self.cfg["save_dir"], f"version_{n}")).mkdir(parents=True)
-                break
-        self.lock = filelock.FileLock(folder / ".lock", blocking=False, is_singleton=True)
-        try:
-            self.lock.acquire()
-        except filelock.Timeout:
-            raise bad("resume", self.cfg["resume"], f"another run is at work in {folder}") from None
-        for left in folder.glob(".step_*"):  # where a process died while writing
-            shutil.rmtree(left)
-        return folder
-
     def log(self, metrics: dict[str, float | Tensor]) -> None:
         """Puts metrics into history, metrics.jsonl and wandb."""
         row = {"step": self.step_counter, **{key: float(value) for key, value in metrics.items()}}
         self.history.append(row)
-        try:
-            with open(self.run_dir / "metrics.jsonl", "a") as file:
-                file.write(json.dumps(row) + "\n")
-        except OSError as error:  # the next checkpoint makes good for it
-            tqdm.tqdm.write(f"cannot log ({error}); the run goes on", file=sys.stderr)
+        with suppress(OSError), open(self.run_dir / "metrics.jsonl", "a") as file:
+            file.write(json.dumps(row) + "\n")  # where it cannot, the next save makes good for it
         self._wandb("log", row, step=self.step_counter)
 
     def _write_history(self) -> None:
@@ -836,19 +828,21 @@ class Trainer:
             self.wandb_failed = True
 
     def save(self) -> Path | None:
-        """Writes this step's checkpoint, save_dir/version_N/step_NNNNNNN, and removes all but the newest
-        cfg["keep"]. -> the folder, or None where it cannot be written"""
+        """Writes this step's checkpoint, save_dir/version_N/step_NNNNNNN, unless it is there, and removes all
+        but the newest cfg["keep"]. -> the folder, or None where it cannot be written"""
         folder = self.run_dir / f"step_{self.step_counter:07d}"
+        if folder.exists():
+            return folder
         state = {name: getattr(self, name) for name in self.STATE}
         state |= {"adam": self.optimizer.state_dict()["state"], "buffer": self.buffer.state_dict()}
         try:
             self.crosscoder.save(folder, state)
             self._write_history()
         except (OSError, safetensors.SafetensorError) as error:
-            tqdm.tqdm.write(f"cannot save {folder} ({error}); it is tried again", file=sys.stderr)
+            tqdm.tqdm.write(f"cannot save {folder} ({error})", file=sys.stderr)
             return None
-        with suppress(OSError):  # it only takes space
-            for old in list_checkpoints(self.run_dir)[: -self.cfg["keep"]]:
+        for old in list_checkpoints(self.run_dir)[: -self.cfg["keep"]]:
+            with suppress(OSError):  # it only takes space
                 shutil.rmtree(old.rename(old.with_name(f".{old.name}")))  # nobody sees half of it
         return folder
 
@@ -857,6 +851,8 @@ class Trainer:
         ends it, it saves; self.stop, once set, is raised after the step. FloatingPointError where the loss or
         gradients of MOST_SKIPPED steps in a row are not finite."""
         cfg, last, clock = self.cfg, self.step_counter, time.time()
+        self.lock.acquire()  # it is given back, and gradients are left, where it was stopped before
+        self.optimizer.zero_grad()
         self._wandb("init", project="crosscoders", dir=self.run_dir, config=cfg, mode=cfg["wandb_mode"],
                     id=self.wandb_id, resume="allow", settings={"init_timeout": 30, "finish_timeout": 30})
         bar = tqdm.tqdm(initial=self.step_counter, total=self.total_steps, desc="training", unit="step")
@@ -867,7 +863,7 @@ class Trainer:
                     self.log(self.evaluate())
                 metrics = self.step()
                 bar.update()
-                if self.step_counter % cfg["log_every"] == 0:
+                if self.step_counter % cfg["log_every"] == 0 or self.step_counter == self.total_steps:
                     speed = (self.step_counter - last) * cfg["batch_size"] / (time.time() - clock)
                     last, clock = self.step_counter, time.time()
                     self.log({**metrics, "perf/tokens_per_s": speed})
@@ -878,7 +874,7 @@ class Trainer:
                         norms = dict(zip(source_names(cfg, len(norms)), norms))
                         raise FloatingPointError(f"step {self.step_counter}: loss or gradients not finite "
                                                  f"{MOST_SKIPPED} times in a row; largest norms: {norms}")
-                if self.step_counter % cfg["save_every"] == 0 and self.step_counter < self.total_steps:
+                if self.step_counter % cfg["save_every"] == 0 and not self.skipped_in_a_row:
                     self.save()
             while not self.stop and not self.save():
                 time.sleep(5)  # rather than lose it
@@ -893,4 +889,4 @@ class Trainer:
         finally:
             bar.close()
             self._wandb("finish")
-            self.lock.release()
+            self.lock.release(force=True)

@@ -4,7 +4,7 @@ import sys
 import pytest
 
 from conftest import ROOT
-from utils import PRESETS, default_cfg, make_cfg
+from utils import PRESETS, default_cfg, make_cfg, open_run
 
 
 def test_values_take_the_kind_of_the_default():
@@ -51,6 +51,7 @@ def test_every_auto_is_filled_in_and_the_default_is_the_published_recipe():
     (dict(wandb_mode="loud"), "offline"),
     (dict(enc_dtype="fp8"), "bf16"),
     (dict(device="cuda:99"), "cpu"),
+    (dict(device="mps"), "cpu"),
     (dict(device="abacus"), "cpu"),
     (dict(norm="published"), "center=True"),
     (dict(center=True, site="z"), "z is not in the residual stream"),
@@ -68,7 +69,7 @@ def test_a_save_dir_that_cannot_be_written_is_refused(tmp_path):
     (tmp_path / "file").write_text("precious")
     for save_dir in (tmp_path / "file", tmp_path / "file" / "runs", "/proc/runs"):
         with pytest.raises(ValueError, match="save_dir"):
-            make_cfg(save_dir=str(save_dir))
+            open_run(make_cfg(save_dir=str(save_dir)))
     assert make_cfg(save_dir=str(tmp_path / "new" / "runs")) and not (tmp_path / "new").exists()
     assert (tmp_path / "file").read_text() == "precious"
 

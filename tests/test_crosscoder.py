@@ -121,18 +121,22 @@ def test_a_checkpoint_gives_the_same_outputs_and_cfg(crosscoder, tmp_path):
         crosscoder.b_enc += 1
     crosscoder.save(tmp_path / "run" / "step_0000020")
     assert torch.equal(CrossCoder.load(tmp_path / "run").b_enc, crosscoder.b_enc)  # a run's folder: its newest
-    crosscoder.save(tmp_path / "run" / "step_0000020")  # again in the same place
     assert len(list((tmp_path / "run").iterdir())) == 2
 
 
-def test_a_save_that_fails_leaves_the_old_checkpoint_and_nothing_else(crosscoder, tmp_path):
+def test_a_save_that_fails_leaves_nothing_and_none_replaces_what_is_there(crosscoder, tmp_path):
     crosscoder.save(tmp_path / "good")
-    before = (tmp_path / "good" / "crosscoder.safetensors").read_bytes()
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "mine.txt").write_text("precious")
+    for folder in ("good", "notes"):
+        before = {file: file.read_bytes() for file in (tmp_path / folder).iterdir()}
+        with pytest.raises(OSError, match="not empty"):
+            crosscoder.save(tmp_path / folder)
+        assert {file: file.read_bytes() for file in (tmp_path / folder).iterdir()} == before
     crosscoder.cfg = {**crosscoder.cfg, "seed": object()}  # json cannot write this
     with pytest.raises(TypeError):
-        crosscoder.save(tmp_path / "good")
-    assert [p.name for p in tmp_path.iterdir()] == ["good"]
-    assert (tmp_path / "good" / "crosscoder.safetensors").read_bytes() == before
+        crosscoder.save(tmp_path / "new")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["good", "notes"]
 
 
 def test_what_is_no_whole_checkpoint_is_refused(crosscoder, tmp_path):

@@ -296,12 +296,16 @@ def test_a_step_that_is_not_finite_is_skipped_and_counted(cfg, models, tokens):
     assert not torch.equal(trainer.crosscoder.W_enc, before["W_enc"])
 
 
-def test_ten_such_steps_in_a_row_end_a_run_with_what_it_knows(tmp_path):
-    err = finish(start(tmp_path, "--lr=1e25", "--log_every=3", "--save_every=2"), tmp_path, code=1)
+@pytest.mark.parametrize("log_every, step", [(3, 186), (1000, 195)])  # the last step is always logged
+def test_ten_such_steps_in_a_row_end_a_run_with_what_it_knows(copy, log_every, step):
+    good = saved(copy)[0]
+    (good / "cfg.json").write_text((good / "cfg.json").read_text().replace('"lr": 0.001', '"lr": 1e25'))
+    sign(good, "cfg.json")
+    err = finish(start(copy, f"--resume={good}", f"--log_every={log_every}", "--save_every=5"), copy, code=1)
     (line,) = (line for line in err.split("\n") if line.startswith("error:"))
-    assert re.search(r"step \d+: loss or gradients not finite 10 times in a row; largest norms: .*resid_post.3", line)
-    assert re.search(r"last good checkpoint: .*version_0/step_\d+", line) and "Traceback" not in err
-    assert CrossCoder.load(tmp_path / "version_0").W_enc.isfinite().all()
+    assert f"step {step}: loss or gradients not finite 10 times in a row; largest norms: " in line and "post.3" in line
+    assert line.endswith(f"last good checkpoint: {good}") and "Traceback" not in err
+    assert saved(copy) == [good] and CrossCoder.load(good).W_enc.isfinite().all()
 
 
 def test_activations_that_are_not_finite_are_caught_with_their_sequences(cfg, tokens, tmp_path):
@@ -386,7 +390,7 @@ def test_a_longer_run_can_follow_and_the_folder_says_what_made_it(copy):
     before = json.loads((copy / "version_0" / "cfg.json").read_text())
     finish(start(copy, "--resume=latest", num_tokens=110_000), copy)
     assert saved(copy)[-1].name == "step_0000214"
-    assert [row["step"] for row in rows(copy) if "loss/total" in row] == list(range(5, 215, 5))
+    assert [row["step"] for row in rows(copy) if "loss/total" in row] == [*range(5, 215, 5), 214]
     assert [row["step"] for row in rows(copy) if "fvu/all" in row] == [0, 50, 100, 150, 200, 214]
     first, second = (json.loads(line) for line in open(copy / "version_0" / "starts.jsonl"))
     assert first["command"][-1] == "--num_tokens=100000" and second["command"][-1] == "--resume=latest"
