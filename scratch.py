@@ -162,7 +162,11 @@ weights = crosscoder.fold()
 safetensors.torch.save_file({name: w.cpu().contiguous() for name, w in weights.items()},
                             CHECKPOINTS[-1] / "folded.safetensors")
 x = get_stacked_resids(models, held_out[:4], cfg)[:, 1:].flatten(0, 1).float()
-acts = torch.relu(einops.einsum(x, weights["W_enc"], "row l d_model, l d_model d_sae -> row d_sae") + weights["b_enc"])
+h = einops.einsum(x, weights["W_enc"], "row l d_model, l d_model d_sae -> row d_sae") + weights["b_enc"]
+acts = h * (h > weights["thresholds"])
+if crosscoder.activation == "topk":
+    scores = acts * weights["decoder_norms"]
+    acts = acts * (scores >= scores.topk(cfg["k"]).values[:, -1:])
 x_hat = einops.einsum(acts, weights["W_dec"], "row d_sae, d_sae l d_model -> row l d_model") + weights["b_dec"]
 print(f"{CHECKPOINTS[-1] / 'folded.safetensors'}: the plain formula is within "
       f"{(x_hat - crosscoder(x)).norm() / x_hat.norm():.1e} of the crosscoder, which computes in {cfg['enc_dtype']}")

@@ -63,7 +63,8 @@ def parse_overrides(argv: list[str]) -> dict[str, str]:
 
 def count_parameters(cfg: dict, n_layers: int, d_model: int) -> int:
     """Of the crosscoder."""
-    return cfg["dict_size"] * (2 * n_layers * d_model + 1) + n_layers * d_model
+    thresholds = cfg["dict_size"] * (cfg["activation"] == "jumprelu")
+    return cfg["dict_size"] * (2 * n_layers * d_model + 1) + n_layers * d_model + thresholds
 
 
 def get_memory(cfg: dict, models: list, n_layers: int, d_model: int) -> dict[str, int]:
@@ -71,12 +72,13 @@ def get_memory(cfg: dict, models: list, n_layers: int, d_model: int) -> dict[str
     width, parameters = n_layers * d_model, count_parameters(cfg, n_layers, d_model)
     itemsize, d_vocab = utils.DTYPES[cfg["enc_dtype"]].itemsize, models[0].cfg.d_vocab
     seqs, seq_len = cfg["model_batch_size"], cfg["seq_len"]
+    a_latent = {"relu": 12, "jumprelu": 30}.get(cfg["activation"], 20)
     return {
         "weights and Adam": 12 * parameters,
         "buffer": cfg["batch_size"] * cfg["buffer_mult"] * (width * itemsize + 16),
         "at work": max(
             5 * parameters,  # gradients, and weights and products in the compute type
-            cfg["batch_size"] * (20 * width + 12 * cfg["dict_size"]),  # a step's activations
+            cfg["batch_size"] * (17 * width + a_latent * cfg["dict_size"]),  # a step's activations
             seqs * seq_len * itemsize * (width + max(width, 13 * models[0].cfg.d_model)),  # harvesting
             min(seqs, cfg["eval_seqs"]) * seq_len * itemsize * (2 * width + d_vocab)  # evaluating: logits,
             + 8 * seq_len * d_vocab)}  # and a sequence's in fp32, twice

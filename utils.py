@@ -5,6 +5,10 @@ axis is a list of sources, each one (model, hook point): all layers of GPT-2 Sma
 
 [O24] Anthropic, Sparse Crosscoders for Cross-Layer Features and Model Diffing, October 2024.
 [A24] Anthropic, Circuits Updates, April 2024: how dictionaries are initialised and trained.
+[G24] Gao et al., Scaling and evaluating sparse autoencoders, June 2024: TopK and AuxK.
+[B24] Bussmann et al., BatchTopK Sparse Autoencoders, December 2024.
+[J25] Anthropic, Circuits Updates, January 2025: JumpReLU.
+[M25] Minder et al., Overcoming Sparsity Artifacts in Crosscoders, April 2025: BatchTopK crosscoders.
 [N24] Nanda, the published GPT-2 Small acausal crosscoders, 2024: github.com/neelnanda-io/Crosscoders.
 """
 import difflib
@@ -23,7 +27,7 @@ from collections import namedtuple
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
-from typing import Iterator, NamedTuple
+from typing import Iterable, Iterator, NamedTuple
 
 import datasets.fingerprint
 import einops
@@ -75,31 +79,41 @@ default_cfg = {
     "buffer_device": "auto",  # where the buffer is kept; auto is the device
     "dict_size": 2**14,  # latents
     "enc_dtype": "auto",  # compute type, fp32 or bf16; auto is bf16 where that is fast. Weights are fp32
-    "dec_init_norm": 0.005,  # initial norm of each latent's decoder vector at each source
-    "l1_coeff": 2.0,  # sparsity penalty after its warm-up
-    "lr": 2e-5,  # learning rate of Adam after its warm-up
+    "loss_weights": "",  # of the squared error at each source, such as 1,1,1,2; empty: all 1
+    "activation": "relu",  # which latents are active: relu, topk, batchtopk or jumprelu
+    "dec_init_norm": 0.005,  # relu: initial norm of each latent's decoder vector at each source
+    "l1_coeff": 2.0,  # relu: sparsity penalty after its warm-up
+    "k": 64,  # topk, batchtopk: active latents a token, for batchtopk on average; 8 k at first
+    "l0_coeff": 5.0,  # jumprelu: sparsity penalty at the end of training, from 0 at its beginning
+    "aux_coeff": 0.0,  # of the loss that revives dead latents; topk and batchtopk: 1/32
+    "lr": 2e-5,  # learning rate of Adam after its warm-up; topk, batchtopk and jumprelu: 2e-4
     "beta1": 0.9,  # of Adam
     "beta2": 0.999,  # of Adam
 }
+RECIPES = {  # what else differs with the activation [J25], [M25]
+    "relu": {}, "topk": {"aux_coeff": 1 / 32, "lr": 2e-4}, "batchtopk": {"aux_coeff": 1 / 32, "lr": 2e-4},
+    "jumprelu": {"lr": 2e-4}}
+OWN = {"dec_init_norm": ["relu"], "l1_coeff": ["relu"], "k": ["topk", "batchtopk"], "l0_coeff": ["jumprelu"]}
 TINY = Path(__file__).parent / "tests" / "tiny"
 PRESETS = {
     "gpt2-small": {},
     "tiny": {  # a 4-layer model of the King James Bible: the whole main job on a laptop, without a hub
         "model_name": str(TINY / "base"), "tokens": str(TINY / "kjv.npy"), "seq_len": 128, "batch_size": 512,
         "num_tokens": 10**6, "buffer_mult": 128, "model_batch_size": 64, "dict_size": 2048, "lr": 1e-3,
-        "dec_init_norm": 0.05, "dead_after": 10**5, "log_every": 20, "eval_every": 500,
+        "dec_init_norm": 0.05, "k": 32, "l0_coeff": 0.25, "dead_after": 10**5, "log_every": 20, "eval_every": 500,
         "wandb_mode": "disabled",
     },
 }
 NO_HUB = "where there is no hub give a local folder, or preset=tiny"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 MOST_SKIPPED = 10  # steps in a row before a run stops
-CHOICES = {"preset": tuple(PRESETS), "enc_dtype": ("auto", *DTYPES), "norm": ("estimate", "published"),
-           "wandb_mode": ("online", "offline", "disabled"), "center": ("true", "false")}
+CHOICES = {"preset": tuple(PRESETS), "activation": tuple(RECIPES), "enc_dtype": ("auto", *DTYPES),
+           "norm": ("estimate", "published"), "wandb_mode": ("online", "offline", "disabled"),
+           "center": ("true", "false")}
 MAY_CHANGE = (  # on resume; the text is known by its hash, not by its name
-    "resume", "keep", "save_dir", "save_every", "log_every", "eval_every", "dead_after", "wandb_mode",
-    "device", "buffer_device", "model_batch_size", "tokens", "dataset", "num_tokens")
-LEAST = {"seed": 0, "l1_coeff": 0, "seq_len": 2, "buffer_mult": 2}  # all others must be above zero
+    "resume", "keep", "save_dir", "save_every", "log_every", "eval_every", "wandb_mode", "device",
+    "buffer_device", "model_batch_size", "tokens", "dataset", "num_tokens")
+LEAST = {"seed": 0, "l1_coeff": 0, "aux_coeff": 0, "seq_len": 2, "buffer_mult": 2}  # all others: above zero
 PUBLISHED_NORMS = (  # E||x|| / sqrt(768) at GPT-2 Small's resid_post without position 0, centred [N24]
     1.8281, 2.0781, 2.2031, 2.4062, 2.5781, 2.8281, 3.1562, 3.6875, 4.3125, 5.4062, 7.875, 16.5)
 
@@ -116,8 +130,8 @@ def make_cfg(**overrides) -> dict:
     for key in overrides.keys() - default_cfg.keys():
         near = difflib.get_close_matches(key, default_cfg, n=1)
         raise ValueError(f"{key}: no such key, " + (f"did you mean {near[0]}?" if near else "see --help"))
-    preset = _convert("preset", overrides.get("preset", default_cfg["preset"]))
-    base = default_cfg | PRESETS[preset]
+    chosen = {key: _convert(key, overrides.get(key, default_cfg[key])) for key in ("preset", "activation")}
+    base = default_cfg | RECIPES[chosen["activation"]] | PRESETS[chosen["preset"]]
     if resume := str(overrides.get("resume", "")):
         saved = Path(overrides.get("save_dir", base["save_dir"])).glob("version_*/step_*")
         newest = max(saved, key=lambda folder: folder.stat().st_mtime, default=Path("latest/none"))
@@ -125,6 +139,12 @@ def make_cfg(**overrides) -> dict:
         overrides["resume"], files = read_checkpoint("resume", path, RESUME)
         base |= files["cfg.json"]
     cfg = {k: _convert(k, v) for k, v in (base | overrides).items() if k in default_cfg}
+    for key, activations in OWN.items():
+        if cfg["activation"] not in activations:
+            if key in overrides:
+                raise bad(key, overrides[key], f"activation={cfg['activation']} does not use it; it is for "
+                          f"activation={' or '.join(activations)}")
+            del cfg[key]
     _fill_and_check(cfg)
     for key in cfg.keys() - set(MAY_CHANGE):
         if resume and cfg[key] != base[key]:
@@ -141,7 +161,7 @@ def _convert(key: str, value):
             raise bad(key, value, f"give one of {', '.join(CHOICES[key])}")
         return text.lower() == "true" if kind is bool else text.lower()
     if kind is str:
-        return text.replace(", ", ",") if key in ("model_name", "layers") else text
+        return text.replace(", ", ",") if key in ("model_name", "layers", "loss_weights") else text
     below = 1 if key in ("beta1", "beta2") else math.inf
     with suppress(ValueError, OverflowError):
         number = kind(float(text))
@@ -171,6 +191,10 @@ def _fill_and_check(cfg: dict) -> None:
         raise bad("enc_dtype", "bf16", "this GPU has no bf16 arithmetic; give fp32")
     if cfg["layers"] != "all" and not all(layer.isdigit() for layer in cfg["layers"].split(",")):
         raise bad("layers", cfg["layers"], "give all, or layer numbers such as 0,3,6")
+    if cfg.get("k", 1) > cfg["dict_size"]:
+        raise bad("k", cfg["k"], f"more than dict_size={cfg['dict_size']}")
+    if not re.fullmatch(r"([\d.]+(,[\d.]+)*)?", cfg["loss_weights"]):
+        raise bad("loss_weights", cfg["loss_weights"], "give a number for each source, such as 1,1,1,2")
     if cfg["num_tokens"] < cfg["batch_size"]:
         raise bad("num_tokens", cfg["num_tokens"], f"less than one batch_size={cfg['batch_size']}")
     for key, value in (("model_name", "gpt2"), ("site", "resid_post"), ("center", True)):
@@ -430,9 +454,11 @@ def _fuse(model: TransformerBridge, cfg: dict) -> None:
 
 # ---- CrossCoder ------------------------------------------------------------------------------------------
 class LossOutput(NamedTuple):
-    """Losses of a batch, in the normalised space; l2_loss + l1_coeff * l1_loss is what training minimises."""
+    """Losses of a batch, in the normalised space; l2_loss + the sparsity coefficient * l1_loss + aux_loss is
+    what training minimises."""
     l2_loss: Float[Tensor, ""]  # squared error, summed over sources and d_model, mean over the batch
-    l1_loss: Float[Tensor, ""]  # sum_i acts_i sum_l ||W_dec_i^l||, mean over the batch [O24]
+    l1_loss: Float[Tensor, ""]  # sum_i acts_i sum_l ||W_dec_i^l|| [O24], for jumprelu of tanh(4 ...) [J25]
+    aux_loss: Float[Tensor, ""]  # what keeps latents alive, times its coefficient: AuxK, pre-activation loss
     l0_loss: Float[Tensor, ""]  # active latents, mean over the batch
     fvu: Float[Tensor, ""]  # squared error / squared distance from the batch's mean, over all sources
     fired: Int[Tensor, "d_sae"]  # rows of the batch in which each latent is active
@@ -461,30 +487,79 @@ class CrossCoder(nn.Module):
     """A sparse crosscoder. Takes raw activations and gives raw reconstructions, always.
     The weights are fp32, for the normalised space, where source l is divided by norm_factor[l]. The matrix
     products are computed in cfg["enc_dtype"]."""
+    sparse_from = 64  # latents for each that is active, where a sparse decoding is faster: README.md, Speed
 
     def __init__(self, cfg: dict, n_layers: int, d_model: int):
         super().__init__()
-        self.cfg, self.dtype = cfg, DTYPES[cfg["enc_dtype"]]
+        self.cfg, self.dtype, self.activation = cfg, DTYPES[cfg["enc_dtype"]], cfg["activation"]
         generator = torch.Generator().manual_seed(cfg["seed"])
         W_dec = torch.randn(cfg["dict_size"], n_layers, d_model, generator=generator)
         # unlike [A24]: as in [N24] each source's vector has the given norm, not all of them laid end to end
-        W_dec *= cfg["dec_init_norm"] / W_dec.norm(dim=-1, keepdim=True)
+        W_dec *= cfg.get("dec_init_norm", 3**-0.5 / n_layers) / W_dec.norm(dim=-1, keepdim=True)  # or [J25]
         W_enc = einops.rearrange(W_dec, "d_sae n_layers d_model -> n_layers d_model d_sae").contiguous()
         self.W_enc: Float[Tensor, "n_layers d_model d_sae"] = nn.Parameter(W_enc)
         self.W_dec: Float[Tensor, "d_sae n_layers d_model"] = nn.Parameter(W_dec)
         self.b_enc: Float[Tensor, "d_sae"] = nn.Parameter(torch.zeros(cfg["dict_size"]))
         self.b_dec: Float[Tensor, "n_layers d_model"] = nn.Parameter(torch.zeros(n_layers, d_model))
         self.norm_factor: Float[Tensor, "n_layers"] = nn.Buffer(torch.ones(n_layers))
+        self.threshold: Float[Tensor, ""] = nn.Buffer(torch.zeros(()))  # of scores; batchtopk's is not zero
+        if self.activation == "jumprelu":
+            self.log_threshold: Float[Tensor, "d_sae"] = nn.Parameter(self.b_enc.detach() + 0.1)  # [J25]
+        weights = [float(weight) for weight in cfg["loss_weights"].split(",") if weight] or [1.0] * n_layers
+        if len(weights) != n_layers:
+            raise bad("loss_weights", cfg["loss_weights"], f"there are {n_layers} sources")
+        self.loss_weights: Float[Tensor, "n_layers"] = nn.Buffer(torch.tensor(weights), persistent=False)
         self.to(cfg["device"])
 
     def encode(self, x: Float[Tensor, "... n_layers d_model"]) -> Float[Tensor, "... d_sae"]:
-        """Raw activations to latent activations, in the compute type."""
-        return self._encode(x / self.norm_factor[:, None])
+        """Raw activations to latent activations, in the compute type. A row's do not depend on other rows."""
+        h = self._pre_acts(x / self.norm_factor[:, None])
+        if self.activation == "topk":
+            return self._keep(h, self.cfg["k"])[0].view(*x.shape[:-2], -1)
+        return (h * (h > self.get_thresholds())).view(*x.shape[:-2], -1)
 
-    def _encode(self, x: Float[Tensor, "... n_layers d_model"]) -> Float[Tensor, "... d_sae"]:
+    def _pre_acts(self, x: Float[Tensor, "... n_layers d_model"]) -> Float[Tensor, "rows d_sae"]:
         W_enc = einops.rearrange(self.W_enc, "n_layers d_model d_sae -> (n_layers d_model) d_sae")
-        pre_acts, _ = _Product.apply(x.reshape(-1, *x.shape[-2:]).to(self.dtype), W_enc)
-        return F.relu(pre_acts.view(*x.shape[:-2], len(self.b_enc)) + self.b_enc.to(self.dtype))
+        h, _ = _Product.apply(x.reshape(-1, *x.shape[-2:]).to(self.dtype), W_enc)
+        return h + self.b_enc.to(self.dtype)
+
+    @torch.no_grad()
+    def get_thresholds(self) -> Float[Tensor, "d_sae"]:
+        """What each latent's pre-activation must exceed; with topk it must be among the k largest besides."""
+        if self.activation == "jumprelu":
+            return self.log_threshold.exp()
+        if self.activation == "batchtopk":
+            return self.threshold / self.get_decoder_norms()
+        return torch.zeros_like(self.b_enc)
+
+    @torch.no_grad()
+    def get_decoder_norms(self) -> Float[Tensor, "d_sae"]:
+        """sum_l ||W_dec_i^l||. A latent's score is its activation times this [M25]: one that does not change
+        where its encoder is scaled up and its decoder down."""
+        return self.W_dec.norm(dim=-1).sum(-1)
+
+    @torch.no_grad()
+    def _scores(self, h: Float[Tensor, "rows d_sae"], k: int) -> tuple[Tensor, Tensor]:
+        """The largest of each row, in no order, and of which latents: k, for batchtopk 8 k."""
+        # unlike [B24]: no row keeps more than 8 k, which takes a third of the time on a CPU
+        k = min(h.shape[1], k * 8 if self.activation == "batchtopk" else k)
+        return (F.relu(h) * self.get_decoder_norms()).topk(k, sorted=False)
+
+    def _keep(self, h: Float[Tensor, "rows d_sae"], k: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Keeps the k largest scores of each row, for batchtopk those of all rows, k a row on average.
+        -> acts [rows, d_sae]; where in acts.flatten() they are, row by row; their scores, both [rows * k]"""
+        scores, latents = self._scores(h, k)
+        places = (latents + torch.arange(len(h), device=h.device)[:, None] * h.shape[1]).flatten()
+        if self.activation == "batchtopk":
+            scores, chosen = scores.flatten().topk(k * len(h), sorted=False)
+            places = places[chosen].sort().values
+        return F.relu(h) * torch.zeros_like(h).view(-1).index_fill_(0, places, 1).view_as(h), places, scores
+
+    def _jump(self, h: Float[Tensor, "rows d_sae"]) -> Float[Tensor, "rows d_sae"]:
+        """JumpReLU in fp32, with its straight-through gradient [J25]."""
+        threshold = self.log_threshold.exp()
+        band = ((h.detach() - threshold) / 2).clamp(-0.5, 0.5)  # whose gradient stands for that of the jump
+        return h * (h > threshold) + (band - band.detach())
 
     def decode(self, acts: Float[Tensor, "... d_sae"]) -> Float[Tensor, "... n_layers d_model"]:
         """Latent activations to raw reconstructions, in fp32."""
@@ -495,23 +570,95 @@ class CrossCoder(nn.Module):
         """Raw activations to raw reconstructions."""
         return self.decode(self.encode(x))
 
-    def get_losses(self, x: Float[Tensor, "batch n_layers d_model"]) -> LossOutput:
-        """The losses on a batch of raw activations [O24]."""
+    def get_losses(self, x: Float[Tensor, "batch n_layers d_model"], k: int | None = None,
+                   dead: Int[Tensor, "n_dead"] | None = None) -> LossOutput:
+        """The losses on a batch of raw activations [O24], with k for cfg["k"], and dead latents to revive."""
         x = x.float() / self.norm_factor[:, None]
-        acts = self._encode(x)
-        x_hat, decoder_norms = _Product.apply(acts, self.W_dec)
-        l2_loss = F.mse_loss(x_hat.view_as(x) + self.b_dec, x, reduction="sum") / len(x)
-        l1_loss = (acts.sum(0, dtype=torch.float32) * decoder_norms.sum(-1)).sum() / len(x)
+        h, k = self._pre_acts(x), k or self.cfg.get("k")
+        if k:
+            acts, places, scores = self._keep(h, k)
+        else:
+            acts = F.relu(h) if self.activation == "relu" else self._jump(h)
+        if k and self.sparse_from * k <= h.shape[1]:
+            rows = torch.arange(0, h.numel(), h.shape[1], device=h.device)
+            x_hat, norms = F.embedding_bag(
+                places % h.shape[1], self.W_dec.flatten(1), torch.searchsorted(places, rows), mode="sum",
+                per_sample_weights=acts.flatten()[places].float()), self.get_decoder_norms()
+        else:
+            x_hat, norms = _Product.apply(acts.to(self.dtype), self.W_dec)
+            norms = norms.sum(-1)
+        error = x_hat.view_as(x) + self.b_dec - x
+        errors = error.pow(2).sum((0, 2)) / len(x)  # [n_layers]
+        if self.activation == "jumprelu":
+            l1_loss = (4 * acts * norms).tanh().sum() / len(x)  # 4, 3e-6, and 2 in _jump: [J25]
+            aux_loss = 3e-6 * (F.relu(self.log_threshold.exp() - h) * norms).sum() / len(x)
+        else:
+            l1_loss, aux_loss = (acts.sum(0, dtype=torch.float32) * norms).sum() / len(x), h.new_zeros(())
+        if self.activation == "batchtopk":
+            lowest = scores.where(scores > 0, math.inf).min()
+            self.threshold.lerp_(lowest.where(lowest.isfinite(), self.threshold), 0.01)
         fired = (acts > 0).sum(0, dtype=torch.int32)
         variance = x.norm(dim=-1).pow(2).sum() / len(x) - x.mean(0).pow(2).sum()
-        return LossOutput(l2_loss, l1_loss, fired.sum() / len(x), l2_loss.detach() / variance, fired)
+        if dead is not None and len(dead):  # [G24] has both losses relative to a variance
+            missed = self._aux_k(h[:, dead], self.W_dec[dead], error.detach())
+            aux_loss = aux_loss + self.cfg["aux_coeff"] * missed * variance
+        return LossOutput((errors * self.loss_weights).sum(), l1_loss, aux_loss, fired.sum() / len(x),
+                          errors.detach().sum() / variance, fired)
+
+    def _aux_k(self, h: Float[Tensor, "batch n_dead"], W_dec: Float[Tensor, "n_dead n_layers d_model"],
+               error: Float[Tensor, "batch n_layers d_model"]) -> Float[Tensor, ""]:
+        """What the d_model / 2 [M25] dead latents with the largest scores leave of the error, relative to its
+        variance [G24]."""
+        scores = h.detach() * W_dec.detach().norm(dim=-1).sum(-1)
+        lowest = scores.topk(min(h.shape[1], error.shape[2] // 2), sorted=False).values.amin(1, keepdim=True)
+        # unlike [G24]: not rectified, as a latent that is nowhere positive would get no gradient
+        error_hat, _ = _Product.apply(h * (scores >= lowest), W_dec)
+        variance = (error - error.mean(0)).pow(2).sum().clamp(min=1e-30)
+        return (error_hat.view_as(error) + error).pow(2).sum() / variance
+
+    @torch.no_grad()
+    def calibrate(self, x: Float[Tensor, "rows n_layers d_model"]) -> None:
+        """Starts from raw activations, but for relu: b_dec makes the mean error 0; pre-activations have mean 0,
+        or for jumprelu exceed the threshold on a tenth; at its scale the encoder reconstructs best: FVU < 1."""
+        if self.activation == "relu":
+            return
+        y = x.float() / self.norm_factor[:, None]
+        self.b_dec.copy_(y.mean(0))
+        h = self._pre_acts(y).float()
+        if self.activation == "jumprelu":
+            low = h.topk(math.ceil(len(h) / 10), dim=0).values[-1]
+            acts = F.relu(h - low)
+        else:
+            low = h.mean(0)
+            acts = self._keep(h - low, self.cfg["k"])[0]
+        y, y_hat = y - self.b_dec, _Product.apply(acts.to(self.dtype), self.W_dec)[0].view_as(y)
+        scale = (y * y_hat).sum() / y_hat.float().pow(2).sum()
+        self.W_enc *= scale
+        self.b_enc.copy_(self.get_thresholds() - scale * low)
+        self.fit_threshold([x])
+        y_hat = self(x) / self.norm_factor[:, None]
+        y_hat -= y_hat.mean(0)
+        self.W_dec *= (y * y_hat).sum() / y_hat.pow(2).sum()
+        self.fit_threshold([x])
+        self.b_dec += ((x - self(x)) / self.norm_factor[:, None]).mean(0)
+
+    @torch.no_grad()
+    def fit_threshold(self, batches: Iterable[Float[Tensor, "rows n_layers d_model"]]) -> None:
+        """Sets batchtopk's threshold so that k latents a row are active, on average over raw activations."""
+        if self.activation == "batchtopk":
+            hs = (self._pre_acts(x.float() / self.norm_factor[:, None]) for x in batches)
+            scores = torch.cat([self._scores(h, self.cfg["k"])[0] for h in hs])  # [rows, 8 k]
+            below = scores.numel() - self.cfg["k"] * len(scores)
+            self.threshold.copy_(scores.flatten().kthvalue(max(1, below)).values)
 
     @torch.no_grad()
     def fold(self) -> dict[str, Tensor]:
-        """Plain weights for raw activations: acts = relu(x . W_enc + b_enc), x_hat = acts . W_dec + b_dec."""
+        """Plain weights for raw activations: h = x . W_enc + b_enc, acts = h * (h > thresholds), with topk
+        only the k largest h * decoder_norms of them, x_hat = acts . W_dec + b_dec."""
         factor = self.norm_factor[:, None]  # [n_layers, 1]
         return {"W_enc": self.W_enc / factor[..., None], "W_dec": self.W_dec * factor,
-                "b_enc": self.b_enc.clone(), "b_dec": self.b_dec * factor}
+                "b_enc": self.b_enc.clone(), "b_dec": self.b_dec * factor,
+                "thresholds": self.get_thresholds(), "decoder_norms": self.get_decoder_norms()}
 
     def save(self, path: str | Path, state: dict = {}) -> None:
         """Writes a checkpoint, whole or not at all: the folder `path` with crosscoder.safetensors, cfg.json,
@@ -644,6 +791,14 @@ class Buffer:
 
 
 # ---- Evaluation ------------------------------------------------------------------------------------------
+def iter_rows(models: list, tokens: Int[Tensor, "n_seqs seq_len"], cfg: dict) -> Iterator[Tensor]:
+    """The activations on tokens, position 0 left out, [up to batch_size, n_layers, d_model] at a time."""
+    for batch in tokens.split(cfg["model_batch_size"]):
+        x = get_stacked_resids(models, batch, cfg)[:, 1:].flatten(0, 1)
+        yield from x.split(cfg["batch_size"])
+        del x  # before the next is made
+
+
 @torch.no_grad()
 def get_stats(crosscoder: CrossCoder, models: list, tokens: Int[Tensor, "n_seqs seq_len"], cfg: dict) -> dict:
     """How the crosscoder reconstructs and fires on tokens, position 0 left out. In float64 on the CPU:
@@ -652,18 +807,15 @@ def get_stats(crosscoder: CrossCoder, models: list, tokens: Int[Tensor, "n_seqs 
     norm_ratio [n_layers]: E||x_hat|| / E||x||, below 1 where there is shrinkage
     mean [n_layers, d_model]: E x. l0: active latents a token. freqs [d_sae]: how often each is active"""
     n, totals = 0, None
-    for batch in tokens.split(cfg["model_batch_size"]):
-        x = get_stacked_resids(models, batch, cfg)[:, 1:].flatten(0, 1)  # [rows, n_layers, d_model]
-        for rows in x.split(cfg["batch_size"]):
-            rows = rows.float()
-            acts = crosscoder.encode(rows)
-            rows_hat = crosscoder.decode(acts)
-            sums = (rows.sum(0), rows.pow(2).sum((0, 2)), (rows - rows_hat).pow(2).sum((0, 2)),
-                    rows.norm(dim=-1).sum(0), rows_hat.norm(dim=-1).sum(0), (acts > 0).sum(0))
-            sums = [each.cpu().double() for each in sums]
-            totals = [total + each for total, each in zip(totals, sums)] if totals else sums
-            n += len(rows)
-        del x  # before the next is made
+    for rows in iter_rows(models, tokens, cfg):
+        rows = rows.float()
+        acts = crosscoder.encode(rows)
+        rows_hat = crosscoder.decode(acts)
+        sums = (rows.sum(0), rows.pow(2).sum((0, 2)), (rows - rows_hat).pow(2).sum((0, 2)),
+                rows.norm(dim=-1).sum(0), rows_hat.norm(dim=-1).sum(0), (acts > 0).sum(0))
+        sums = [each.cpu().double() for each in sums]
+        totals = [total + each for total, each in zip(totals, sums)] if totals else sums
+        n += len(rows)
     x_sum, squares, errors, norms, norms_hat, fires = totals
     variances = squares - x_sum.pow(2).sum(-1) / n  # [n_layers]
     weights = crosscoder.norm_factor.cpu().double().pow(-2)
@@ -724,7 +876,7 @@ def evaluate(crosscoder: CrossCoder, models: list, tokens: Int[Tensor, "n_seqs s
 class Trainer:
     """Trains a crosscoder on models' activations over all_tokens, the last cfg["eval_seqs"] held out; from
     where the checkpoint cfg["resume"] leaves off, if there is one."""
-    STATE = ("step_counter", "history", "wandb_id", "tokens_since_fired", "steps_skipped")
+    STATE = ("step_counter", "history", "wandb_id", "tokens_since_fired", "dead", "steps_skipped")
 
     def __init__(self, cfg: dict, models: list, all_tokens: Int[Tensor, "n_seqs seq_len"]):
         self.cfg, self.models, self.eval_tokens = cfg, models, all_tokens[-cfg["eval_seqs"] :]
@@ -737,16 +889,20 @@ class Trainer:
         self.buffer = Buffer(cfg, models, all_tokens[: -cfg["eval_seqs"]], state.get("buffer", {}))
         self.run_dir, self.lock = open_run(cfg)
         self.crosscoder = CrossCoder({**cfg, "resume": ""}, *self.buffer.buffer.shape[1:])
+        # unlike [J25]: the thresholds learn as fast as the rest, or the penalty hardly matters in a short run
         self.optimizer = torch.optim.Adam(
             self.crosscoder.parameters(), cfg["lr"], betas=(cfg["beta1"], cfg["beta2"]), fused=True)
         self.step_counter, self.total_steps = 0, cfg["num_tokens"] // cfg["batch_size"]
         self.tokens_since_fired = torch.zeros(cfg["dict_size"], dtype=torch.long, device=cfg["device"])
+        self.dead = self.tokens_since_fired.new_empty(0)  # latents for AuxK to revive
         self.steps_skipped = self.skipped_in_a_row = torch.zeros((), device=cfg["device"])
         self.history: list[dict] = []  # all that was logged
         self.wandb_failed, self.wandb_id = False, secrets.token_hex(4)
         self.stop: BaseException | None = None  # what train raises after the step
         if not state:
             self.crosscoder.norm_factor.copy_(self.get_norm_factor())
+            some = self.buffer.buffer[self.buffer.order[: 4 * cfg["batch_size"]]]
+            self.crosscoder.calibrate(some.to(cfg["device"]))
             return
         self.crosscoder.load_state_dict(files["crosscoder.safetensors"])
         adam = {int(number): each for number, each in state["adam"].items()}
@@ -774,14 +930,22 @@ class Trainer:
         return self.cfg["lr"] * max(0.0, min(1.0, (done + 1 / self.total_steps) / 0.05, (1 - done) / 0.2))
 
     def get_l1_coeff(self) -> float:
-        """Up over the first 5% of the steps, then flat [A24]."""
-        return self.cfg["l1_coeff"] * min(1.0, self.step_counter / self.total_steps / 0.05)
+        """relu: up over the first 5% of the steps, then flat [A24]. jumprelu: up over all of them [J25]."""
+        done = self.step_counter / self.total_steps
+        return self.cfg.get("l1_coeff", 0.0) * min(1.0, done / 0.05) + self.cfg.get("l0_coeff", 0.0) * done
+
+    def get_k(self) -> int | None:
+        """From 8 k down to k over the first 5% of the steps."""
+        k, done = self.cfg.get("k"), self.step_counter / self.total_steps
+        return k and min(self.cfg["dict_size"], round(k * (1 + 7 * max(0.0, 1 - done / 0.05))))
 
     def step(self) -> dict[str, float | Tensor]:
         """One step on the next batch. Metrics stay tensors: it is reading them that waits for the device."""
-        self.optimizer.param_groups[0]["lr"] = lr = self.get_lr()
-        losses, l1_coeff = self.crosscoder.get_losses(self.buffer.next()), self.get_l1_coeff()
-        loss = losses.l2_loss + l1_coeff * losses.l1_loss
+        self.optimizer.param_groups[0]["lr"], l1_coeff = (lr := self.get_lr()), self.get_l1_coeff()
+        if self.cfg["aux_coeff"] and self.step_counter % 100 == 0:  # seldom, as it waits for the device
+            self.dead = (self.tokens_since_fired >= self.cfg["dead_after"]).nonzero().flatten()
+        losses = self.crosscoder.get_losses(self.buffer.next(), self.get_k(), self.dead)
+        loss = losses.l2_loss + l1_coeff * losses.l1_loss + losses.aux_loss
         loss.backward()
         grad_norm = nn.utils.get_total_norm([p.grad.norm(dim=-1) for p in self.crosscoder.parameters()])
         skip = ~(loss.detach() + grad_norm).isfinite() | (self.skipped_in_a_row >= MOST_SKIPPED)
@@ -795,7 +959,8 @@ class Trainer:
         self.step_counter += 1
         return {"loss/total": loss.detach(), "loss/l2": losses.l2_loss.detach(),
                 "loss/l1": losses.l1_loss.detach(), "loss/l1_coeff": l1_coeff, "loss/lr": lr,
-                "loss/grad_norm": grad_norm, "fvu/batch": losses.fvu, "sparsity/l0_batch": losses.l0_loss,
+                "loss/aux": losses.aux_loss.detach(), "loss/grad_norm": grad_norm,
+                "fvu/batch": losses.fvu, "sparsity/l0_batch": losses.l0_loss,
                 "data/unique_tokens": self.buffer.rows_served - self.buffer.rows_replayed,
                 "data/rows_replayed": self.buffer.rows_replayed,
                 "data/epoch": self.buffer.next_row // self.buffer.rows_per_epoch,
@@ -874,8 +1039,11 @@ class Trainer:
                         norms = dict(zip(source_names(cfg, len(norms)), norms))
                         raise FloatingPointError(f"step {self.step_counter}: loss or gradients not finite "
                                                  f"{MOST_SKIPPED} times in a row; largest norms: {norms}")
-                if self.step_counter % cfg["save_every"] == 0 and not self.skipped_in_a_row:
+                if self.step_counter % cfg["save_every"] == 0 and not self.skipped_in_a_row and (
+                        self.step_counter < self.total_steps):
                     self.save()
+            if not self.stop:
+                self.crosscoder.fit_threshold(iter_rows(self.models, self.eval_tokens, cfg))
             while not self.stop and not self.save():
                 time.sleep(5)  # rather than lose it
             if self.stop:

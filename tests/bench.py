@@ -2,6 +2,7 @@
 
     python tests/bench.py --size=cpu            12 x 768, dictionary 4,096, batch 512, sequences of 128 and 1,024
     python tests/bench.py --size=gpu --json     12 x 768, dictionaries 2^14 and 2^16, batch 4,096, sequences of 1,024
+    python tests/bench.py --activations         losses and gradients of each activation, dictionaries 2^12 to 2^16
 
 The language model has GPT-2 Small's shape and random weights, so nothing is downloaded. All that is compared is measured
 in this process, in turns, and given as medians. The reference is the published arithmetic written out plainly: fp32
@@ -12,6 +13,7 @@ parameter of Adam at the copy bandwidth, measured here; for harvesting, the mode
 import argparse
 import itertools
 import json
+import math
 import os
 import statistics
 import sys
@@ -178,15 +180,45 @@ def bench(cfg: dict, folder: str, flops: float, bandwidth: float, rounds: int) -
          "bytes_a_parameter": 12 + step_memory / parameters}]
 
 
+def bench_activations(device: str, dict_sizes: list[int], shape: tuple[int, int], batch: int, k: int, rounds: int) -> None:
+    """Prints milliseconds for the losses and gradients of a batch, dictionary by dictionary."""
+    names = ["relu", "jumprelu", "topk", "batchtopk", "topk, dense"]
+    print(f"ms for losses and gradients, {shape[0]} x {shape[1]}, batch {batch}, k {k}\n{'':<12}" + "".join(
+        f"{name:>14}" for name in names))
+    x = torch.randn(batch, *shape, device=device).bfloat16()
+    for dict_size in dict_sizes:
+        parts = []
+        for name in names:
+            activation, sparse = name.split(",")[0], {"k": k} if "topk" in name else {}
+            cfg = make_cfg(activation=activation, device=device, enc_dtype="bf16", dict_size=dict_size, **sparse)
+            crosscoder = CrossCoder(cfg, *shape)
+            crosscoder.calibrate(x)
+            if "dense" in name:
+                crosscoder.sparse_from = math.inf
+
+            def part(crosscoder=crosscoder) -> None:
+                losses = crosscoder.get_losses(x)
+                (losses.l2_loss + losses.l1_loss + losses.aux_loss).backward()
+                crosscoder.zero_grad()
+
+            parts.append(timed(part, rounds=rounds)[0])  # one by one, as they would not all fit
+            del crosscoder, part
+        print(f"{dict_size:<12,}" + "".join(f"{1000 * seconds:>14.0f}" for seconds in parts), flush=True)
+
+
 def main() -> None:
     """Prints the table, or the same as JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", choices=("cpu", "gpu"), default="gpu" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--json", action="store_true")
+    parser.add_argument("--activations", action="store_true")
     args = parser.parse_args()
     cpu = args.size == "cpu"
     device = "cpu" if cpu else "cuda"
+    if args.activations:
+        sizes, shape = [2**n for n in (12, 13, 14, 15, 16)], (4 if cpu else 12, 768)
+        return bench_activations(device, sizes, shape, 512 if cpu else 4096, 32 if cpu else 64, args.rounds)
     flops, bandwidth = machine_limits(device)
     rows = []
     with tempfile.TemporaryDirectory() as folder:

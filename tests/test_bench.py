@@ -30,3 +30,9 @@ def test_bench_measures_every_row():
         assert row["tokens_per_s"] > 0 and row["times_reference"] > 0 and 0 < row["share_of_limit"] < 1
     assert 0 < rows[-1]["refill_memory_share_of_buffer"] < 0.2 and rows[-1]["bytes_a_parameter"] > 12
     json.dumps(rows)
+
+
+def test_bench_measures_every_activation(capsys):
+    bench.bench_activations("cpu", [128, 256], (2, 16), 32, 2, rounds=1)
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines[2:]] == ["128", "256"] and all(len(line.split()) == 6 for line in lines[2:])

@@ -58,12 +58,14 @@ def test_bad_input_ends_in_one_line_and_exit_code_2_and_leaves_nothing(arguments
 
 
 @pytest.mark.parametrize("large", [
-    {"dict_size": 2**14, "batch_size": 64}, {"batch_size": 2048, "dict_size": 256}, {"model_batch_size": 64, "eval_seqs": 64}])
+    {"dict_size": 2**14, "batch_size": 64}, {"batch_size": 2048, "dict_size": 256}, {"model_batch_size": 64, "eval_seqs": 64},
+    {"batch_size": 2048, "dict_size": 4096, "activation": "jumprelu"}])
 @pytest.mark.parametrize("enc_dtype", ["fp32", "bf16"])
 def test_memory_is_what_the_formula_says(cfg, tokens, large, enc_dtype):
     """Whichever needs most: gradients, a step's activations, or the logits of an evaluation."""
     cfg = {**cfg, "buffer_mult": 2, "model_batch_size": 4, "eval_seqs": 4, "enc_dtype": enc_dtype, **large}
     models = load_models(cfg)
+    cfg |= {"l0_coeff": 1.0} if cfg["activation"] == "jumprelu" else {}
     trainer = Trainer(cfg, models, tokens[:200])
     wanted = train.get_memory(cfg, models, 4, 128)
     trainer.step()

@@ -1,0 +1,261 @@
+"""The activations: which latents are active, their gradients and penalties, the dead, and how they start."""
+import json
+
+import pytest
+import torch
+
+import utils
+from utils import TINY, CrossCoder, Trainer, iter_rows, make_cfg
+
+ALL = ("relu", "topk", "batchtopk", "jumprelu")
+
+
+def crosscoder_for(activation, n_layers=3, d_model=5, dict_size=12, **overrides):
+    """Small, in fp32, with every parameter and the normalisation away from its initial value."""
+    if activation in ("topk", "batchtopk"):
+        overrides = {"k": 3, **overrides}
+    cfg = make_cfg(activation=activation, dict_size=dict_size, enc_dtype="fp32", device="cpu", **overrides)
+    crosscoder = CrossCoder(cfg, n_layers, d_model)
+    generator = torch.Generator().manual_seed(1)
+    for name, parameter in crosscoder.named_parameters():
+        parameter.data += (0.1 if name == "log_threshold" else 0.4) * torch.randn(parameter.shape, generator=generator)
+    crosscoder.norm_factor.copy_(torch.linspace(0.5, 3, n_layers))
+    return crosscoder
+
+
+def data(rows, n_layers=3, d_model=5, seed=2):
+    return 2 * torch.randn(rows, n_layers, d_model, generator=torch.Generator().manual_seed(seed))
+
+
+def slow_losses(activation, weights, norm_factor, x, k):
+    """The formulas latent by latent. -> l2, l1, aux as float64, and the active (row, latent)"""
+    W_enc, W_dec, b_enc, b_dec = weights[:4]
+    n_layers, d_model, d_sae = W_enc.shape
+    y = x / norm_factor[:, None]
+    h = [[b_enc[i] + sum(y[row, l] @ W_enc[l, :, i] for l in range(n_layers)) for i in range(d_sae)] for row in range(len(x))]
+    norms = [sum(W_dec[i, l].pow(2).sum().sqrt() for l in range(n_layers)) for i in range(d_sae)]
+    scores = {(row, i): max(0.0, (h[row][i] * norms[i]).item()) for row in range(len(x)) for i in range(d_sae)}
+    if activation == "topk":
+        kept = {place for row in range(len(x)) for place in sorted(
+            [(row, i) for i in range(d_sae)], key=scores.get, reverse=True)[:k]}
+    elif activation == "batchtopk":
+        kept = set(sorted(scores, key=scores.get, reverse=True)[: k * len(x)])
+    elif activation == "jumprelu":
+        kept = {(row, i) for row, i in scores if h[row][i] > weights[4][i].exp()}
+    else:
+        kept = set(scores)
+    kept = {place for place in kept if scores[place] > 0}
+    l2 = l1 = aux = torch.zeros((), dtype=torch.float64)
+    for row in range(len(x)):
+        y_hat = b_dec
+        for i in range(d_sae):
+            act = h[row][i] if (row, i) in kept else 0 * h[row][i]
+            if activation == "jumprelu":
+                theta = weights[4][i].exp()
+                if abs((h[row][i] - theta).item()) < 1:  # d acts / d log_threshold = -theta / 2 there, and 0 elsewhere
+                    act = act - theta.item() / 2 * (weights[4][i] - weights[4][i].detach())
+                aux = aux + 3e-6 * (theta - h[row][i]).clamp(min=0) * norms[i]
+                l1 = l1 + torch.tanh(4 * act * norms[i])
+            else:
+                l1 = l1 + act * norms[i]
+            y_hat = y_hat + act * W_dec[i]
+        l2 = l2 + (y[row] - y_hat).pow(2).sum()
+    return l2 / len(x), l1 / len(x), aux / len(x), kept
+
+
+@pytest.mark.parametrize("sparse", [False, True])
+@pytest.mark.parametrize("activation", ALL)
+def test_losses_and_gradients_equal_a_slow_loop_in_float64(activation, sparse):
+    crosscoder, x = crosscoder_for(activation), data(9)
+    if sparse:
+        if activation not in ("topk", "batchtopk"):
+            pytest.skip("its decoding is dense")
+        crosscoder = crosscoder_for(activation, dict_size=64, k=1)
+    slow = [parameter.detach().double().requires_grad_() for parameter in crosscoder.parameters()]
+    *wanted, kept = slow_losses(activation, slow, crosscoder.norm_factor.double(), x.double(), crosscoder.cfg.get("k"))
+    penalty = 0 if "topk" in activation else 3  # which has no gradient there
+    (wanted[0] + penalty * wanted[1] + 1e5 * wanted[2]).backward()
+    losses = crosscoder.get_losses(x)
+    (losses.l2_loss + penalty * losses.l1_loss + 1e5 * losses.aux_loss).backward()
+    assert [each.item() for each in losses[:3]] == pytest.approx([each.item() for each in wanted], rel=1e-5)
+    assert losses.fired.tolist() == [sum((row, i) in kept for row in range(9)) for i in range(len(losses.fired))]
+    for (name, parameter), reference in zip(crosscoder.named_parameters(), slow):
+        assert reference.grad.any(), name
+        assert (parameter.grad - reference.grad).norm() / reference.grad.norm() < 1e-5, name
+
+
+@pytest.mark.parametrize("activation", ["topk", "batchtopk"])
+def test_sparse_and_dense_decoding_are_the_same(activation, monkeypatch):
+    one, other = (crosscoder_for(activation, dict_size=256, k=4) for _ in range(2))
+    x, calls = data(50), []
+    embedding_bag = utils.F.embedding_bag
+    monkeypatch.setattr(utils.F, "embedding_bag", lambda *args, **kwargs: calls.append(1) or embedding_bag(*args, **kwargs))
+    sparse = one.get_losses(x)
+    assert calls
+    (sparse.l2_loss).backward()
+    dense = other._keep(other._pre_acts(x / other.norm_factor[:, None]), 4)[0]
+    (other.decode(dense) / other.norm_factor[:, None] - x / other.norm_factor[:, None]).pow(2).sum().div(50).backward()
+    for (name, a), b in zip(one.named_parameters(), other.parameters()):
+        assert torch.allclose(a.grad, b.grad, rtol=1e-4, atol=1e-4), name
+
+
+def test_topk_keeps_k_a_row_and_batchtopk_k_a_row_on_average():
+    x = data(200)
+    for activation in ("topk", "batchtopk"):
+        crosscoder = crosscoder_for(activation, dict_size=64, k=4)
+        crosscoder.b_enc.data += 3  # so that enough are positive
+        acts, places, _ = crosscoder._keep(crosscoder._pre_acts(x), 4)
+        assert (acts > 0).sum() == 4 * 200 == len(places.unique())
+        assert torch.equal(places.sort().values, (acts.flatten() > 0).nonzero().flatten())
+        assert torch.equal(places // 64, (places // 64).sort().values)  # row by row
+        assert ((acts > 0).sum(1) == 4).all() == (activation == "topk")
+
+
+@pytest.mark.parametrize("activation", ALL)
+def test_a_row_does_not_depend_on_the_batch_it_is_in(activation):
+    crosscoder, x = crosscoder_for(activation), data(40)
+    crosscoder.fit_threshold([x])
+    acts = crosscoder.encode(x)
+    assert acts.any() and torch.allclose(torch.cat([crosscoder.encode(row[None]) for row in x]), acts, atol=1e-6)
+    assert torch.equal(crosscoder.encode(x.view(4, 10, 3, 5)), acts.view(4, 10, -1))
+
+
+@pytest.mark.parametrize("activation", ALL)
+def test_scaling_an_encoder_up_and_its_decoder_down_changes_no_score(activation):
+    crosscoder, x = crosscoder_for(activation), data(40)
+    crosscoder.fit_threshold([x])
+    losses = crosscoder.get_losses(x)
+    scores, x_hat = crosscoder.encode(x) * crosscoder.get_decoder_norms(), crosscoder(x)
+    c = torch.linspace(0.2, 5, 12)
+    with torch.no_grad():
+        crosscoder.W_enc *= c
+        crosscoder.b_enc *= c
+        crosscoder.W_dec /= c[:, None, None]
+        if activation == "jumprelu":
+            crosscoder.log_threshold += c.log()
+    assert torch.allclose(crosscoder.encode(x) * crosscoder.get_decoder_norms(), scores, rtol=1e-4, atol=1e-5)
+    assert torch.allclose(crosscoder(x), x_hat, rtol=1e-4, atol=1e-4)
+    again = crosscoder.get_losses(x)
+    assert again.l1_loss.item() == pytest.approx(losses.l1_loss.item(), rel=1e-4)
+    assert torch.equal(again.fired, losses.fired)
+
+
+@pytest.mark.parametrize("activation", ALL)
+def test_fold_and_checkpoints_give_the_same_latents(activation, tmp_path):
+    crosscoder, x = crosscoder_for(activation), data(40)
+    crosscoder.fit_threshold([data(100, seed=3)])
+    crosscoder.save(tmp_path / "saved")
+    loaded = CrossCoder.load(tmp_path / "saved")
+    assert torch.equal(loaded.encode(x), crosscoder.encode(x)) and torch.equal(loaded(x), crosscoder(x))
+    w = crosscoder.fold()
+    h = torch.einsum("bld,lds->bs", x, w["W_enc"]) + w["b_enc"]
+    acts = h * (h > w["thresholds"])
+    if activation == "topk":
+        scores = acts * w["decoder_norms"]
+        acts = acts * (scores >= scores.topk(3).values[:, -1:])
+    assert torch.allclose(acts, crosscoder.encode(x), atol=1e-4)
+    assert torch.allclose(torch.einsum("bs,sld->bld", acts, w["W_dec"]) + w["b_dec"], crosscoder(x), atol=1e-3)
+
+
+def own(activation):
+    return {"activation": activation, **({"k": 12} if "topk" in activation else {"l0_coeff": 0.3} if activation == "jumprelu" else {})}
+
+
+@pytest.fixture(scope="module")
+def small():
+    """What conftest's cfg is made of, for any activation."""
+    return dict(preset="tiny", enc_dtype="fp32", batch_size=64, buffer_mult=16, dict_size=256, model_batch_size=8, eval_seqs=8,
+                num_tokens=64 * 40, device="cpu")
+
+
+@pytest.mark.parametrize("sources", [{"layers": "2"}, {}, {"model_name": f"{TINY / 'base'},{TINY / 'tuned'}"}])
+@pytest.mark.parametrize("activation", ALL)
+def test_fvu_is_not_above_one_at_the_start(small, tokens, activation, sources):
+    cfg = make_cfg(**{**small, "dict_size": 1024, **own(activation), **sources})
+    loaded = utils.load_models(cfg)
+    trainer = Trainer(cfg, loaded, tokens[:60])
+    assert utils.get_stats(trainer.crosscoder, loaded, tokens[60:68], cfg)["fvu_all"] < (1.2 if activation == "relu" else 1)
+
+
+@pytest.mark.parametrize("activation", ALL)
+def test_every_kind_trains_and_resumes_to_the_last_bit(small, models, tokens, tmp_path, activation):
+    cfg = make_cfg(**{**small, **own(activation), "dead_after": 200, "aux_coeff": 0.1, "save_dir": str(tmp_path)})
+    one, other = (Trainer(cfg, models, tokens[:60]) for _ in range(2))
+    for trainer in (one, other):
+        trainer.crosscoder.b_enc.data[:5] -= 100  # dead
+    wanted = [one.step() for _ in range(130)]
+    assert wanted[-1]["fvu/batch"] < wanted[0]["fvu/batch"] and len(one.dead) and wanted[-1]["loss/aux"] > 0
+    for _ in range(115):
+        other.step()
+    resumed = Trainer({**cfg, "resume": str(other.save())}, models, tokens[:60])
+    for _ in range(15):
+        metrics = resumed.step()
+    assert all(metrics[key] == wanted[-1][key] for key in metrics)
+    for (name, a), b in zip(one.crosscoder.state_dict().items(), resumed.crosscoder.state_dict().values()):
+        assert torch.equal(a, b), name
+
+
+def test_the_threshold_of_batchtopk_gives_k_on_text_it_was_not_fitted_on(small, models, tokens):
+    cfg = make_cfg(**{**small, **own("batchtopk"), "num_tokens": 64 * 400, "eval_seqs": 64})
+    trainer = Trainer(cfg, models, tokens[:160])
+    trainer.train()
+    trained = trainer.crosscoder.threshold.clone()
+    for text in (trainer.eval_tokens, tokens[160:260]):
+        l0 = utils.get_stats(trainer.crosscoder, models, text, cfg)["l0"].item()
+        assert l0 == pytest.approx(12, rel=0.05)
+    trainer.crosscoder.fit_threshold(iter_rows(models, tokens[160:260], cfg))
+    assert 0 < abs(trainer.crosscoder.threshold - trained) < 0.1 * trained
+
+
+@pytest.mark.parametrize("activation", ALL)
+def test_aux_k_revives_latents_killed_on_purpose(small, models, tokens, activation):
+    cfg = make_cfg(**{**small, **own(activation), "num_tokens": 64 * 400, "dead_after": 64 * 20})
+    alive = {}
+    for aux_coeff in (0, 1 / 32):
+        trainer = Trainer({**cfg, "aux_coeff": aux_coeff}, models, tokens[:60])
+        h = trainer.crosscoder._pre_acts(trainer.buffer.buffer / trainer.crosscoder.norm_factor[:, None])
+        trainer.crosscoder.b_enc.data[:100] -= h.amax(0)[:100] + 0.1  # nowhere positive
+        for _ in range(400):
+            trainer.step()
+        alive[aux_coeff] = (trainer.tokens_since_fired[:100] < cfg["dead_after"]).sum().item()
+    assert alive[1 / 32] > alive[0] + 15, alive
+
+
+def test_k_falls_and_the_penalty_of_jumprelu_rises(small, models, tokens):
+    trainer = Trainer(make_cfg(**{**small, **own("batchtopk")}), models, tokens[:60])
+    trainer.total_steps = 1000
+    for trainer.step_counter, k in {0: 96, 25: 54, 50: 12, 900: 12}.items():
+        assert trainer.get_k() == k and trainer.get_l1_coeff() == 0
+    trainer = Trainer(make_cfg(**{**small, **own("jumprelu")}), models, tokens[:60])
+    trainer.total_steps = 1000
+    for trainer.step_counter, share in {0: 0, 500: 0.5, 1000: 1}.items():
+        assert trainer.get_l1_coeff() == pytest.approx(0.3 * share) and trainer.get_k() is None
+
+
+def test_loss_weights_weigh_the_sources(tmp_path):
+    plain, weighted = (crosscoder_for("relu", loss_weights=weights) for weights in ("", "1,0,3"))
+    x = data(20)
+    error = (plain(x) - x) / plain.norm_factor[:, None]
+    errors = error.pow(2).sum((0, 2)) / 20
+    assert plain.get_losses(x).l2_loss.item() == pytest.approx(errors.sum().item(), rel=1e-5)
+    assert weighted.get_losses(x).l2_loss.item() == pytest.approx((errors[0] + 3 * errors[2]).item(), rel=1e-5)
+    assert weighted.get_losses(x).fvu == plain.get_losses(x).fvu
+    weighted.save(tmp_path / "saved")
+    assert CrossCoder.load(tmp_path / "saved").loss_weights.tolist() == [1, 0, 3]
+    with pytest.raises(ValueError, match="^loss_weights='1,2'.*3 sources"):
+        crosscoder_for("relu", loss_weights="1,2")
+
+
+def test_a_key_that_the_activation_does_not_use_is_refused():
+    for overrides, said in (({"k": 64}, "^k=64: activation=relu does not use it.*topk or batchtopk"),
+                            ({"activation": "topk", "l1_coeff": 2}, "^l1_coeff=2: .*it is for activation=relu"),
+                            ({"activation": "jumprelu", "dec_init_norm": 0.1}, "^dec_init_norm"),
+                            ({"activation": "batchtopk", "l0_coeff": 1}, "^l0_coeff"),
+                            ({"activation": "topk", "k": 100, "dict_size": 50}, "^k=100: more than dict_size=50"),
+                            ({"activation": "gelu"}, "^activation='gelu'"), ({"loss_weights": "1,a"}, "^loss_weights")):
+        with pytest.raises(ValueError, match=said):
+            make_cfg(device="cpu", **overrides)
+    for activation in ALL:
+        cfg = make_cfg(activation=activation, device="cpu")
+        assert make_cfg(**cfg) == cfg and json.dumps(cfg)
+    assert "k" not in make_cfg(device="cpu") and make_cfg(activation="topk", device="cpu")["k"] == 64
