@@ -100,7 +100,7 @@ PRESETS = {
     "tiny": {  # a 4-layer model of the King James Bible: the whole main job on a laptop, without a hub
         "model_name": str(TINY / "base"), "tokens": str(TINY / "kjv.npy"), "seq_len": 128, "batch_size": 512,
         "num_tokens": 10**6, "buffer_mult": 128, "model_batch_size": 64, "dict_size": 2048, "lr": 1e-3,
-        "dec_init_norm": 0.05, "k": 32, "l0_coeff": 0.25, "dead_after": 10**5, "log_every": 20, "eval_every": 500,
+        "dec_init_norm": 0.05, "k": 32, "l0_coeff": 0.15, "dead_after": 10**5, "log_every": 20, "eval_every": 500,
         "wandb_mode": "disabled",
     },
 }
@@ -538,17 +538,12 @@ class CrossCoder(nn.Module):
         where its encoder is scaled up and its decoder down."""
         return self.W_dec.norm(dim=-1).sum(-1)
 
-    @torch.no_grad()
-    def _scores(self, h: Float[Tensor, "rows d_sae"], k: int) -> tuple[Tensor, Tensor]:
-        """The largest of each row, in no order, and of which latents: k, for batchtopk 8 k."""
-        # unlike [B24]: no row keeps more than 8 k, which takes a third of the time on a CPU
-        k = min(h.shape[1], k * 8 if self.activation == "batchtopk" else k)
-        return (F.relu(h) * self.get_decoder_norms()).topk(k, sorted=False)
-
     def _keep(self, h: Float[Tensor, "rows d_sae"], k: int) -> tuple[Tensor, Tensor, Tensor]:
         """Keeps the k largest scores of each row, for batchtopk those of all rows, k a row on average.
         -> acts [rows, d_sae]; where in acts.flatten() they are, row by row; their scores, both [rows * k]"""
-        scores, latents = self._scores(h, k)
+        # unlike [B24]: no row keeps more than 8 k, which takes a third of the time on a CPU
+        most = min(h.shape[1], k * 8 if self.activation == "batchtopk" else k)
+        scores, latents = (F.relu(h.detach()) * self.get_decoder_norms()).topk(most, sorted=False)
         places = (latents + torch.arange(len(h), device=h.device)[:, None] * h.shape[1]).flatten()
         if self.activation == "batchtopk":
             scores, chosen = scores.flatten().topk(k * len(h), sorted=False)
@@ -622,34 +617,26 @@ class CrossCoder(nn.Module):
         or for jumprelu exceed the threshold on a tenth; at its scale the encoder reconstructs best: FVU < 1."""
         if self.activation == "relu":
             return
-        y = x.float() / self.norm_factor[:, None]
+        y, threshold = x.float() / self.norm_factor[:, None], self.get_thresholds()
         self.b_dec.copy_(y.mean(0))
         h = self._pre_acts(y).float()
-        if self.activation == "jumprelu":
-            low = h.topk(math.ceil(len(h) / 10), dim=0).values[-1]
-            acts = F.relu(h - low)
-        else:
-            low = h.mean(0)
-            acts = self._keep(h - low, self.cfg["k"])[0]
-        y, y_hat = y - self.b_dec, _Product.apply(acts.to(self.dtype), self.W_dec)[0].view_as(y)
-        scale = (y * y_hat).sum() / y_hat.float().pow(2).sum()
-        self.W_enc *= scale
-        self.b_enc.copy_(self.get_thresholds() - scale * low)
+        low = h.topk(math.ceil(len(h) / 10), dim=0).values[-1] if self.activation == "jumprelu" else h.mean(0)
+        self.b_enc.copy_(threshold - low)
         self.fit_threshold([x])
         y_hat = self(x) / self.norm_factor[:, None]
         y_hat -= y_hat.mean(0)
-        self.W_dec *= (y * y_hat).sum() / y_hat.pow(2).sum()
+        scale = ((y - self.b_dec) * y_hat).sum() / y_hat.pow(2).sum()
+        self.W_enc *= scale
+        self.b_enc.copy_(threshold - scale * low)
         self.fit_threshold([x])
         self.b_dec += ((x - self(x)) / self.norm_factor[:, None]).mean(0)
 
     @torch.no_grad()
     def fit_threshold(self, batches: Iterable[Float[Tensor, "rows n_layers d_model"]]) -> None:
-        """Sets batchtopk's threshold so that k latents a row are active, on average over raw activations."""
-        if self.activation == "batchtopk":
-            hs = (self._pre_acts(x.float() / self.norm_factor[:, None]) for x in batches)
-            scores = torch.cat([self._scores(h, self.cfg["k"])[0] for h in hs])  # [rows, 8 k]
-            below = scores.numel() - self.cfg["k"] * len(scores)
-            self.threshold.copy_(scores.flatten().kthvalue(max(1, below)).values)
+        """Sets batchtopk's threshold to what keeps k latents a row in a batch, mean over raw activations."""
+        for n, x in enumerate(batches if self.activation == "batchtopk" else (), start=1):
+            scores = self._keep(self._pre_acts(x.float() / self.norm_factor[:, None]), self.cfg["k"])[2]
+            self.threshold.lerp_(scores.min(), 1 / n)
 
     @torch.no_grad()
     def fold(self) -> dict[str, Tensor]:

@@ -20,7 +20,7 @@ from utils import Trainer, load_models, load_tokens, make_cfg
 
 SPARSITIES = {  # chosen so that the L0 overlap
     "relu": ("l1_coeff", (1, 1.5, 2.5, 4)), "topk": ("k", (12, 20, 32, 48)), "batchtopk": ("k", (12, 20, 32, 48)),
-    "jumprelu": ("l0_coeff", (0.15, 0.25, 0.35, 0.5))}
+    "jumprelu": ("l0_coeff", (0.1, 0.15, 0.25, 0.4))}
 COLUMNS = {"fvu/all": "FVU", "ce/delta_all": "CE delta (nats)", "sparsity/dead": "dead share", "span": "layers a latent spans"}
 
 
