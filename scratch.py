@@ -1,10 +1,12 @@
 """Cells to copy into a notebook: looking at a trained crosscoder. Also runs from top to bottom: python scratch.py
 
-Every cell needs only the first one, and ends in a figure or a small table. In a script the figures go unseen: there
-write fig.write_html("fig.html"), or fig.write_image("fig.png") with the packages kaleido and a Chrome at hand.
+Every cell needs only the first one, those on model diffing also the one on latent scaling, and ends in a figure or a
+small table. In a script the figures go unseen: there write fig.write_html("fig.html"), or fig.write_image("fig.png")
+with the packages kaleido and a Chrome at hand.
 """
 # %% Load a crosscoder, its models and its held-out text
 import math
+import tempfile
 from functools import partial
 from pathlib import Path
 
@@ -14,11 +16,12 @@ import plotly.express as px
 import plotly.graph_objects as go
 import safetensors.torch
 import torch
+import tqdm
 from plotly.subplots import make_subplots
 
 from utils import (
-    CrossCoder, evaluate, get_ce, get_sources, get_stacked_resids, get_stats, load_models, load_tokens, make_cfg,
-    source_names)
+    CrossCoder, Trainer, evaluate, get_ce, get_relative_norms, get_sources, get_stacked_resids, get_stats, iter_rows,
+    load_models, load_tokens, make_cfg, source_names)
 
 torch.set_grad_enabled(False)
 CHECKPOINTS = sorted(Path("checkpoints").glob("version_*/step_*"), key=lambda path: path.stat().st_mtime)
@@ -189,3 +192,156 @@ overview.update_layout(
     title=f"{len(shape):,} latents over {len(names)} sources: L0 {metrics['sparsity/l0']:.1f}, "
           f"FVU {metrics['fvu/all']:.3f}, clean cross-entropy {metrics['ce/clean']:.2f}")
 overview
+
+# %% Model diffing: the cells from here on need a crosscoder of two models
+if len(models) != 2:
+    print("for the cells from here on: python train.py --preset=diff-tiny")
+    raise SystemExit(0)
+
+# %% Model diff: which latents do both models have, and which only one?
+# Relative norm: 0 where only the first model has a decoder vector, 1 where only the second has. That alone proves
+# nothing: a penalty on norms makes latents look exclusive which are not.
+rel_norms, cosines = (each.cpu() for each in get_relative_norms(crosscoder))
+active = get_stats(crosscoder, models, held_out, cfg)["freqs"] > 0
+shared = active & (0.3 < rel_norms) & (rel_norms < 0.7)
+fig_diff = make_subplots(cols=2, subplot_titles=(
+    "relative decoder norm, active latents", "decoder cosine, shared latents"))
+fig_diff.add_histogram(x=rel_norms[active], xbins={"start": 0, "end": 1, "size": 0.025}, row=1, col=1)
+fig_diff.add_histogram(x=cosines[shared], xbins={"start": -1, "end": 1, "size": 0.05}, row=1, col=2)
+first, second = (Path(name).name for name in cfg["model_name"].split(","))
+fig_diff.update_layout(
+    width=1000, height=360, showlegend=False, template="plotly_white",
+    title=f"{shared.sum()} shared, {(active & (rel_norms < 0.05)).sum()} only in {first}, "
+          f"{(active & (rel_norms > 0.95)).sum()} only in {second}")
+fig_diff
+
+
+# %% Model diff: latent scaling, to see which latents are truly exclusive
+# Minder et al., Overcoming Sparsity Artifacts in Crosscoders, April 2025, section 3.
+def get_latent_scaling(crosscoder, batches, own):
+    """How much of a latent the model that should not have it has after all, against its own model: for what the
+    reconstruction leaves of the other's activations, where much means that the penalty shrank the latent away
+    (nu_eps), and for the reconstruction itself, where much means that other latents stand in for it (nu_r).
+    batches: raw activations [rows, n_layers, d_model]; own: 0 or 1, the model whose latent it is -> two [d_sae]"""
+    W_dec = crosscoder.W_dec.unflatten(1, (2, -1)).flatten(2)  # [d_sae, model, n_layers / 2 * d_model]
+    with_error, with_x_hat, squares = torch.zeros_like(W_dec), torch.zeros_like(W_dec), 0
+    for x in batches:
+        acts = crosscoder.encode(x.float()).float()
+        x_hat = crosscoder.decode(acts) / crosscoder.norm_factor[:, None]
+        error = x.float() / crosscoder.norm_factor[:, None] - x_hat
+        error, x_hat = (each.unflatten(1, (2, -1)).flatten(2) for each in (error, x_hat))
+        with_error += einops.einsum(acts, error, "row d_sae, row model d -> d_sae model d")
+        with_x_hat += einops.einsum(acts, x_hat, "row d_sae, row model d -> d_sae model d")
+        squares = squares + acts.square().sum(0)
+    rows, own = torch.arange(len(W_dec)), torch.as_tensor(own, device="cpu").long()
+    d = W_dec[rows, own]  # [d_sae, d]
+    betas = [einops.einsum(y, d, "d_sae model d, d_sae d -> d_sae model")  # up to a factor, the same in both models
+             for y in (with_error + squares[:, None, None] * W_dec, with_x_hat)]
+    return [(beta[rows, 1 - own] / beta[rows, own]).cpu() for beta in betas]
+
+
+def get_exclusive(crosscoder, models, tokens, cfg):
+    """A table [d_sae, 5]: is it the second model's, a candidate by relative norm, exclusive; nu_eps, nu_r."""
+    rel_norms = get_relative_norms(crosscoder)[0].cpu()
+    nu_eps, nu_r = get_latent_scaling(crosscoder, iter_rows(models, tokens, cfg), rel_norms > 0.5)
+    candidates = ((rel_norms < 0.05) | (rel_norms > 0.95)) & nu_eps.isfinite()  # nan where never active
+    return torch.stack([rel_norms > 0.5, candidates, candidates & (nu_eps < 0.2) & (nu_r < 0.5), nu_eps, nu_r], dim=1)
+
+
+table = get_exclusive(crosscoder, models, held_out, cfg)
+second, candidates, exclusive = table[:, :3].bool().unbind(1)
+print(f"{candidates.sum()} candidates, of which {exclusive.sum()} are exclusive: nu_eps < 0.2 and nu_r < 0.5")
+fig_scaling = go.Figure()
+for m, name in enumerate(cfg["model_name"].split(",")):
+    nu = table[candidates & (second == bool(m)), 3:]
+    fig_scaling.add_scatter(x=nu[:, 0], y=nu[:, 1], mode="markers", name=f"only in {Path(name).name}")
+fig_scaling.add_shape(type="rect", x0=-1, x1=0.2, y0=-1, y1=0.5, line_color="#888888")
+fig_scaling.update_layout(
+    width=560, height=480, template="plotly_white", title="Latent scaling: exclusive are those in the corner",
+    xaxis={"range": [-1, 2], "title": "nu_eps: much where it was shrunk away"},
+    yaxis={"range": [-1, 2], "title": "nu_r: much where others stand in"})
+fig_scaling
+
+
+# %% Model diff: null controls
+# Two more trainings. The first model against itself: nothing is exclusive. Against itself with its sequences shuffled,
+# so that the two never see the same text: all is, but for what only depends on the position.
+class Shuffled:
+    def __init__(self, model):
+        self.model = model
+
+    def __getattr__(self, name):
+        return getattr(self.model, name)
+
+    def run_with_hooks(self, tokens, **kwargs):
+        return self.model.run_with_hooks(tokens.roll(1, 0), **kwargs)
+
+
+all_tokens = load_tokens(cfg, tokenizer)
+print(f"{'models':<32} {'active':>7} {'candidates':>11} {'exclusive':>10}")
+for name, pair in (("the two", models), ("the first and itself", models[:1] * 2),
+                   ("the first and itself, shuffled", [models[0], Shuffled(models[0])])):
+    other = crosscoder
+    if pair is not models:
+        trainer = Trainer({**cfg, "save_dir": tempfile.mkdtemp(), "wandb_mode": "disabled"}, pair, all_tokens)
+        with torch.enable_grad():
+            for _ in tqdm.trange(trainer.total_steps, desc=name, leave=False):
+                trainer.step()
+        other = trainer.crosscoder
+        other.fit_threshold(iter_rows(pair, held_out, cfg))
+    result = get_exclusive(other, pair, held_out, cfg)
+    counts = [result[:, 3].isfinite().sum().item(), *result[:, 1:3].sum(0).int().tolist()]
+    print(f"{name:<32} {counts[0]:>7} {counts[1]:>11} {counts[2]:>10}")
+
+# %% Model diff: the exclusive latents, with the tokens on which they are most active
+chosen = table[:, 2].nonzero().flatten()
+stats = get_stats(crosscoder, models, held_out, cfg)
+chosen = chosen[stats["freqs"][chosen].argsort(descending=True)][:20]
+acts = torch.cat([crosscoder.encode(get_stacked_resids(models, rows, cfg).float())[..., chosen].float().cpu()
+                  for rows in held_out.split(4)])  # [seq, pos, chosen]
+acts[:, 0] = 0
+print(f"{'latent':>6} {'model':>8} {'active':>7} {'nu_eps':>7} {'nu_r':>6}  most active on")
+for i, latent in enumerate(chosen.tolist()):
+    seqs, positions = np.unravel_index(acts[..., i].flatten().argsort(descending=True)[:8].numpy(), acts.shape[:2])
+    shown = [tokenizer.decode(held_out[seq, max(1, pos - 3) : pos + 1].long()) for seq, pos in zip(seqs, positions)]
+    model = Path(cfg["model_name"].split(",")[int(table[latent, 0])]).name
+    print(f"{latent:>6} {model:>8} {stats['freqs'][latent]:>7.2%} {table[latent, 3]:>7.2f} {table[latent, 4]:>6.2f}  "
+          f"{' | '.join(shown)!r}")
+
+# %% Model diff: put what the second model's latents write into the first, and see what it says
+# Each latent's contribution to the second model in place of that to the first, whose exclusive ones have none. KL: from
+# the second model's next-token distribution. The models must be of one width.
+batch = held_out[:16].to(cfg["device"]).long()
+x = get_stacked_resids(models, batch, cfg).float()
+x_A, x_B = x.chunk(2, dim=2)
+acts, factor = crosscoder.encode(x).float(), crosscoder.norm_factor[:, None]
+factor_A, factor_B = factor.chunk(2)
+d_A, d_B = crosscoder.W_dec.chunk(2, dim=1)
+new_latents = (table[:, 2] * table[:, 0]).to(acts)  # the second model's exclusive ones
+
+
+def write(latents, d, factor):
+    return einops.einsum(acts * latents, d, "seq pos d_sae, d_sae l d_model -> seq pos l d_model") * factor
+
+
+def get_log_probs(model, new=None):
+    hooks = [source.hook for source in sources if source.model == 0] if new is not None else []
+    put = [(hook, partial(lambda act, hook, part: torch.cat([act[:, :1], part[:, 1:].to(act)], 1), part=new[:, :, i]))
+           for i, hook in enumerate(hooks)]
+    return model.run_with_hooks(batch, fwd_hooks=put)[:, 1:-1].float().log_softmax(-1)
+
+
+everything = torch.ones_like(new_latents)
+wanted = get_log_probs(models[1])
+print(f"{'the first model, with':<32} {'KL':>7} {'CE':>7}")
+sizes = acts.mean((0, 1)) * d_B.norm(dim=-1).sum(-1) * (1 - new_latents)
+others = torch.zeros_like(new_latents).index_fill_(0, sizes.topk(int(new_latents.sum())).indices, 1)
+for name, new in (
+        ("its own activations", x_A), ("the second's exclusive latents", x_A + write(new_latents, d_B, factor_B)),
+        ("as many of the largest others", x_A + write(others, d_B, factor_B) - write(others, d_A, factor_A)),
+        ("all latents", x_A + write(everything, d_B, factor_B) - write(everything, d_A, factor_A)),
+        ("the second's activations", x_B)):
+    log_probs = get_log_probs(models[0], new)
+    kl = (wanted.exp() * (wanted - log_probs)).sum(-1).mean()
+    ce = -log_probs.gather(-1, batch[:, 2:, None]).mean()
+    print(f"{name:<32} {kl:7.3f} {ce:7.3f}")

@@ -178,6 +178,11 @@ def results(cfg: dict, metrics: dict[str, float], n_layers: int) -> str:
         ratio = f"{metrics[f'norm_ratio/{name}']:10.3f}" if name != "all" else ""
         lines.append(f"{name:<{width}}  {metrics[f'fvu/{name}']:6.4f}  {metrics[f'ce/delta_{name}']:+8.4f}  "
                      f"{metrics[f'ce/ablated_{name}']:+14.4f}  {ratio}".rstrip())
+    if "diff/shared" in metrics:
+        only = [f"{metrics[f'diff/only_{m}']:,.0f} only in {Path(name).name}"
+                for m, name in enumerate(cfg["model_name"].split(","))]
+        lines.append(f"by relative norm {metrics['diff/shared']:,.0f} latents shared, of mean cosine "
+                     f"{metrics['diff/cosine']:.2f}, {', '.join(only)}")
     lines.append(f"L0 {metrics['sparsity/l0']:.1f}, dead latents {metrics['sparsity/dead']:.1%}, "
                  f"clean CE {metrics['ce/clean']:.4f}")
     return "\n".join(lines)

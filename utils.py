@@ -9,6 +9,7 @@ axis is a list of sources, each one (model, hook point): all layers of GPT-2 Sma
 [B24] Bussmann et al., BatchTopK Sparse Autoencoders, December 2024.
 [J25] Anthropic, Circuits Updates, January 2025: JumpReLU.
 [M25] Minder et al., Overcoming Sparsity Artifacts in Crosscoders, April 2025: BatchTopK crosscoders.
+[F25] Anthropic, Insights on Crosscoder Model Diffing, February 2025: latents shared by design.
 [N24] Nanda, the published GPT-2 Small acausal crosscoders, 2024: github.com/neelnanda-io/Crosscoders.
 """
 import difflib
@@ -49,7 +50,7 @@ from transformers.activations import NewGELUActivation
 # ---- Config ----------------------------------------------------------------------------------------------
 default_cfg = {
     # the run
-    "preset": "gpt2-small",  # gpt2-small or tiny: its values stand in for these defaults
+    "preset": "gpt2-small",  # gpt2-small, tiny, diff or diff-tiny: its values stand in for these defaults
     "seed": 51,  # of the initial weights and of the shuffling
     "device": "auto",  # cuda, cuda:1 or cpu; auto is cuda where there is one
     "save_dir": "checkpoints",  # folder in which each run makes its own, version_N
@@ -71,6 +72,7 @@ default_cfg = {
     # the text
     "tokens": "",  # .npy or .pt file of token ids [n_seqs, seq_len], used instead of dataset
     "dataset": "Skylion007/openwebtext@refs/convert/parquet",  # hub name@revision, or local folder of text
+    # tokens and dataset can be mixes: a:0.5,b:0.5
     "seq_len": 1024,  # tokens in a sequence, the first of them BOS
     # the crosscoder and its training, as published [N24]
     "num_tokens": 1_070_000_000,  # tokens to train on: one row of activations each
@@ -85,6 +87,9 @@ default_cfg = {
     "l1_coeff": 2.0,  # relu: sparsity penalty after its warm-up
     "k": 64,  # topk, batchtopk: active latents a token, for batchtopk on average; 8 k at first
     "l0_coeff": 5.0,  # jumprelu: sparsity penalty at the end of training, from 0 at its beginning
+    "n_shared": 0,  # several models: latents, the first, with the same decoder vector in all of them [F25]
+    "shared_penalty": 0.1,  # relu, jumprelu: share of the sparsity penalty that these pay
+    "n_exclusive": 0,  # several models: latents of each, the next, that neither read nor write others
     "aux_coeff": 0.0,  # of the loss that revives dead latents; topk and batchtopk: 1/32
     "lr": 2e-5,  # learning rate of Adam after its warm-up; topk, batchtopk and jumprelu: 2e-4
     "beta1": 0.9,  # of Adam
@@ -93,17 +98,26 @@ default_cfg = {
 RECIPES = {  # what else differs with the activation [J25], [M25]
     "relu": {}, "topk": {"aux_coeff": 1 / 32, "lr": 2e-4}, "batchtopk": {"aux_coeff": 1 / 32, "lr": 2e-4},
     "jumprelu": {"lr": 2e-4}}
-OWN = {"dec_init_norm": ["relu"], "l1_coeff": ["relu"], "k": ["topk", "batchtopk"], "l0_coeff": ["jumprelu"]}
+OWN = {"dec_init_norm": ["relu"], "l1_coeff": ["relu"], "k": ["topk", "batchtopk"], "l0_coeff": ["jumprelu"],
+       "shared_penalty": ["relu", "jumprelu"]}
 TINY = Path(__file__).parent / "tests" / "tiny"
 PRESETS = {
     "gpt2-small": {},
     "tiny": {  # a 4-layer model of the King James Bible: the whole main job on a laptop, without a hub
         "model_name": str(TINY / "base"), "tokens": str(TINY / "kjv.npy"), "seq_len": 128, "batch_size": 512,
         "num_tokens": 10**6, "buffer_mult": 128, "model_batch_size": 64, "dict_size": 2048, "lr": 1e-3,
-        "dec_init_norm": 0.05, "k": 32, "l0_coeff": 0.15, "dead_after": 10**5, "log_every": 20, "eval_every": 500,
-        "wandb_mode": "disabled",
+        "dec_init_norm": 0.05, "k": 32, "l0_coeff": 0.15, "dead_after": 10**5, "log_every": 20,
+        "eval_every": 500, "wandb_mode": "disabled",
+    },
+    "diff": {  # what did Gemma 2's tuning add? [M25]
+        "model_name": "google/gemma-2-2b,google/gemma-2-2b-it", "layers": "13", "model_batch_size": 4,
+        "dataset": "HuggingFaceFW/fineweb:0.5,lmsys/lmsys-chat-1m:0.5", "num_tokens": 10**8,
+        "activation": "batchtopk", "k": 100, "dict_size": 73_728, "lr": 1e-4,
     },
 }
+PRESETS["diff-tiny"] = PRESETS["tiny"] | {  # the same of a model of the Bible, tuned on a dictionary
+    "model_name": f"{TINY / 'base'},{TINY / 'tuned'}", "layers": "2", "activation": "batchtopk", "n_exclusive": 100,
+    "tokens": f"{TINY / 'kjv.npy'}:0.5,{TINY / 'wordnet.npy'}:0.5"}
 NO_HUB = "where there is no hub give a local folder, or preset=tiny"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 MOST_SKIPPED = 10  # steps in a row before a run stops
@@ -113,7 +127,8 @@ CHOICES = {"preset": tuple(PRESETS), "activation": tuple(RECIPES), "enc_dtype": 
 MAY_CHANGE = (  # on resume; the text is known by its hash, not by its name
     "resume", "keep", "save_dir", "save_every", "log_every", "eval_every", "wandb_mode", "device",
     "buffer_device", "model_batch_size", "tokens", "dataset", "num_tokens")
-LEAST = {"seed": 0, "l1_coeff": 0, "aux_coeff": 0, "seq_len": 2, "buffer_mult": 2}  # all others: above zero
+LEAST = {  # all others: above zero
+    "seed": 0, "l1_coeff": 0, "aux_coeff": 0, "n_shared": 0, "n_exclusive": 0, "seq_len": 2, "buffer_mult": 2}
 PUBLISHED_NORMS = (  # E||x|| / sqrt(768) at GPT-2 Small's resid_post without position 0, centred [N24]
     1.8281, 2.0781, 2.2031, 2.4062, 2.5781, 2.8281, 3.1562, 3.6875, 4.3125, 5.4062, 7.875, 16.5)
 
@@ -130,8 +145,9 @@ def make_cfg(**overrides) -> dict:
     for key in overrides.keys() - default_cfg.keys():
         near = difflib.get_close_matches(key, default_cfg, n=1)
         raise ValueError(f"{key}: no such key, " + (f"did you mean {near[0]}?" if near else "see --help"))
-    chosen = {key: _convert(key, overrides.get(key, default_cfg[key])) for key in ("preset", "activation")}
-    base = default_cfg | RECIPES[chosen["activation"]] | PRESETS[chosen["preset"]]
+    preset = PRESETS[_convert("preset", overrides.get("preset", default_cfg["preset"]))]
+    activation = _convert("activation", (default_cfg | preset | overrides)["activation"])
+    base = default_cfg | RECIPES[activation] | preset
     if resume := str(overrides.get("resume", "")):
         saved = Path(overrides.get("save_dir", base["save_dir"])).glob("version_*/step_*")
         newest = max(saved, key=lambda folder: folder.stat().st_mtime, default=Path("latest/none"))
@@ -195,6 +211,10 @@ def _fill_and_check(cfg: dict) -> None:
         raise bad("k", cfg["k"], f"more than dict_size={cfg['dict_size']}")
     if not re.fullmatch(r"([\d.]+(,[\d.]+)*)?", cfg["loss_weights"]):
         raise bad("loss_weights", cfg["loss_weights"], "give a number for each source, such as 1,1,1,2")
+    n_models = len(cfg["model_name"].split(","))
+    for key in ("n_shared", "n_exclusive"):
+        if cfg[key] and (n_models == 1 or cfg["n_shared"] + n_models * cfg["n_exclusive"] > cfg["dict_size"]):
+            raise bad(key, cfg[key], f"of several models, within dict_size={cfg['dict_size']}")
     if cfg["num_tokens"] < cfg["batch_size"]:
         raise bad("num_tokens", cfg["num_tokens"], f"less than one batch_size={cfg['batch_size']}")
     for key, value in (("model_name", "gpt2"), ("site", "resid_post"), ("center", True)):
@@ -284,9 +304,25 @@ def open_run(cfg: dict) -> tuple[Path, filelock.FileLock]:
 
 # ---- Tokens ----------------------------------------------------------------------------------------------
 def load_tokens(cfg: dict, tokenizer) -> Int[Tensor, "n_seqs seq_len"]:
-    """The text as token ids, memory-mapped: the file cfg["tokens"], or cfg["dataset"] by way of a cache file.
+    """The text as token ids: the file cfg["tokens"], or cfg["dataset"] by way of a cache file, memory-mapped.
+    Of a mix a:0.5,b:0.5 in memory, rows of each in turn throughout, until those of one are used up.
     Raises ValueError where there is nothing that the models can be run on."""
-    path = Path(cfg["tokens"] or _tokenise(cfg, tokenizer))
+    key = "tokens" if cfg["tokens"] else "dataset"
+    names, _, shares = zip(*(part.rpartition(":") for part in cfg[key].split(",")))
+    if len(names) == 1:
+        return _load_tokens(cfg, tokenizer)
+    try:
+        shares = np.array(shares, float) / np.sum(np.array(shares, float))
+    except ValueError:
+        raise bad(key, cfg[key], "give each part of a mix its share, such as a:0.5,b:0.5") from None
+    loaded = [_load_tokens({**cfg, key: name}, tokenizer, share) for name, share in zip(names, shares)]
+    rows = [int(share * min(len(t) / s for t, s in zip(loaded, shares))) for share in shares]
+    order = np.argsort(np.concatenate([(np.arange(n) + 0.5) / n for n in rows]), kind="stable")
+    return torch.cat([tokens[:n] for tokens, n in zip(loaded, rows)])[order]
+
+
+def _load_tokens(cfg: dict, tokenizer, share: float = 1.0) -> Int[Tensor, "n_seqs seq_len"]:
+    path = Path(cfg["tokens"] or _tokenise(cfg, tokenizer, share))
     try:
         if path.suffix == ".pt":
             tokens = torch.load(path, mmap=True, weights_only=True, map_location="cpu")
@@ -305,23 +341,32 @@ def load_tokens(cfg: dict, tokenizer) -> Int[Tensor, "n_seqs seq_len"]:
     return tokens
 
 
-def _tokenise(cfg: dict, tokenizer) -> Path:
-    """Tokenises as much of the dataset as the run needs, unless that was done before. -> the cache file
-    A row is BOS and then a piece of the documents laid end to end, EOS after each."""
+def _tokenise(cfg: dict, tokenizer, share: float) -> Path:
+    """Tokenises a dataset's share of what the run needs, unless that was done before. -> the cache file
+    A row is BOS and then a piece of the documents laid end to end, EOS after each; what is a conversation as
+    the chat template has it, of the first model with one."""
     (name, _, revision), width = cfg["dataset"].partition("@"), cfg["seq_len"] - 1
     n_rows = cfg["num_tokens"] + cfg["batch_size"] * cfg["buffer_mult"]  # the buffer reads ahead
-    n_seqs = math.ceil(n_rows / width) + cfg["eval_seqs"]
+    n_seqs = math.ceil(share * (math.ceil(n_rows / width) + cfg["eval_seqs"]))
     bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
     bos, eos = (eos if bos is None else bos), (bos if eos is None else eos)
     files = sorted((str(file), file.stat().st_mtime_ns) for file in Path(name).glob("**/*"))  # none on a hub
     whole_files = {"sample_by": "document"} if any(file.endswith(".txt") for file, _ in files) else {}
-    identity = [name, revision, files, width, n_seqs, bos, eos, tokenizer.get_vocab()]
+    spelling = [tokenizer.get_vocab(), tokenizer.chat_template]
+    identity = [name, revision, files, width, n_seqs, bos, eos, spelling]
     cache = Path(HF_HOME, "crosscoder_tokens", datasets.fingerprint.Hasher.hash(identity) + ".npy")
     if cache.exists():
         return cache
     rows, rest = [], np.empty(0, np.uint32)
+
+    def get_text(row: dict) -> str:
+        if "text" in row:
+            return row["text"]
+        chat = tokenizer.apply_chat_template(row.get("messages") or row["conversation"], tokenize=False)
+        return chat.removeprefix(tokenizer.bos_token or "")
+
     try:
-        texts = (row["text"] for row in datasets.load_dataset(
+        texts = map(get_text, datasets.load_dataset(
             name, revision=revision or None, split="train", streaming=True, **whole_files))
         with tqdm.tqdm(total=n_seqs * width, unit="tok", unit_scale=True, desc="tokenising") as bar:
             while bar.n < bar.total and (batch := list(itertools.islice(texts, 256))):
@@ -371,8 +416,9 @@ def source_names(cfg: dict, n_layers: int) -> list[str]:
 @torch.no_grad()
 def get_stacked_resids(models: list, tokens: Int[Tensor, "batch pos"], cfg: dict) -> Float[
         Tensor, "batch pos n_layers d_model"]:
-    """Runs the models on tokens and stacks the activations of all sources, position 0 included.
-    Sites with heads are flattened. Nothing above a model's last source is computed, so no logits either."""
+    """Runs the models on tokens and stacks the activations of all sources, position 0 included, zeros at the
+    end of those that are narrower than d_model. Sites with heads are flattened. Nothing above a model's last
+    source is computed, so no logits either."""
     sources, tokens, seen, resids = get_sources(models, cfg), tokens.to(cfg["device"]).long(), set(), None
     for m, model in enumerate(models):
         mine = {i: source.hook for i, source in enumerate(sources) if source.model == m}
@@ -382,12 +428,12 @@ def get_stacked_resids(models: list, tokens: Int[Tensor, "batch pos"], cfg: dict
             if act.shape[:2] != tokens.shape:
                 raise bad("site", cfg["site"], f"{sources[i].hook}: {list(act.shape)}, not [batch, pos, ...]")
             act = act.flatten(2)
-            if resids is None:  # the first source tells the width of all
+            act = act - act.mean(-1, keepdim=True) if cfg["center"] else act
+            if resids is None:
                 resids = act.new_empty(*tokens.shape, len(sources), act.shape[2])
-            if act.shape[2] != resids.shape[3]:
-                raise bad("model_name", cfg["model_name"], "all sources must share d_model, but it is "
-                          f"{resids.shape[3]} and, at {sources[i]}, {act.shape[2]}")
-            resids[:, :, i] = act - act.mean(-1, keepdim=True) if cfg["center"] else act
+            width = max(act.shape[2], resids.shape[3])  # narrower ones end in zeros
+            resids = F.pad(resids, (0, width - resids.shape[3]))
+            resids[:, :, i] = F.pad(act, (0, width - act.shape[2]))
             seen.add(i)
             if mine.keys() <= seen:
                 raise StopIteration  # nothing above the last source is needed
@@ -419,6 +465,9 @@ def load_models(cfg: dict) -> list[TransformerBridge]:
         if differ := sorted(model.tokenizer.get_vocab().items() ^ models[0].tokenizer.get_vocab().items()):
             raise bad("model_name", cfg["model_name"], "models must share a tokenizer; those of "
                       f"{names[0]} and {name} differ in {len(differ)} entries, first {differ[0][0]!r}")
+        if cfg["layers"] == "all" and model.cfg.n_layers != models[0].cfg.n_layers:
+            raise bad("layers", "all", f"{names[0]} and {name} differ in their number; give layer numbers")
+        models[0].tokenizer.chat_template = models[0].tokenizer.chat_template or model.tokenizer.chat_template
     get_stacked_resids(models, torch.zeros(1, 2), cfg)  # raises where the sources do not fit together
     for model in opened.values():
         _fuse(model, cfg)
@@ -493,7 +542,9 @@ class CrossCoder(nn.Module):
         super().__init__()
         self.cfg, self.dtype, self.activation = cfg, DTYPES[cfg["enc_dtype"]], cfg["activation"]
         generator = torch.Generator().manual_seed(cfg["seed"])
-        W_dec = torch.randn(cfg["dict_size"], n_layers, d_model, generator=generator)
+        self.n_models = len(cfg["model_name"].split(","))  # alike in all models at first:
+        W_dec = torch.randn(cfg["dict_size"], n_layers // self.n_models, d_model, generator=generator)
+        W_dec = W_dec.repeat(1, self.n_models, 1)
         # unlike [A24]: as in [N24] each source's vector has the given norm, not all of them laid end to end
         W_dec *= cfg.get("dec_init_norm", 3**-0.5 / n_layers) / W_dec.norm(dim=-1, keepdim=True)  # or [J25]
         W_enc = einops.rearrange(W_dec, "d_sae n_layers d_model -> n_layers d_model d_sae").contiguous()
@@ -509,7 +560,23 @@ class CrossCoder(nn.Module):
         if len(weights) != n_layers:
             raise bad("loss_weights", cfg["loss_weights"], f"there are {n_layers} sources")
         self.loss_weights: Float[Tensor, "n_layers"] = nn.Buffer(torch.tensor(weights), persistent=False)
+        self.penalty: Float[Tensor, "d_sae"] = nn.Buffer(torch.ones(cfg["dict_size"]), persistent=False)
+        self.penalty[: cfg["n_shared"]] = cfg.get("shared_penalty", 1.0)
         self.to(cfg["device"])
+        self._constrain(self.W_enc.data.movedim(2, 0), 0)
+        self._constrain(self.W_dec.data, 0)
+        if cfg["n_shared"] or cfg["n_exclusive"]:  # so are the gradients, and so nothing leaves the subspace
+            self.W_enc.register_post_accumulate_grad_hook(lambda W: self._constrain(W.grad.movedim(2, 0), 0))
+            self.W_dec.register_post_accumulate_grad_hook(lambda W: self._constrain(W.grad, cfg["n_shared"]))
+
+    @torch.no_grad()
+    def _constrain(self, W: Float[Tensor, "d_sae n_layers d_model"], n_tied: int) -> None:
+        """Makes the first n_tied latents alike in all models, and exclusive ones zero in the others."""
+        W, first = W.unflatten(1, (self.n_models, -1)), self.cfg["n_shared"]
+        W[:n_tied] = W[:n_tied].mean(1, keepdim=True)
+        for m in range(self.n_models):
+            mine, first = W[first : first + self.cfg["n_exclusive"]], first + self.cfg["n_exclusive"]
+            mine[:, :m] = mine[:, m + 1 :] = 0
 
     def encode(self, x: Float[Tensor, "... n_layers d_model"]) -> Float[Tensor, "... d_sae"]:
         """Raw activations to latent activations, in the compute type. A row's do not depend on other rows."""
@@ -585,10 +652,11 @@ class CrossCoder(nn.Module):
         error = x_hat.view_as(x) + self.b_dec - x
         errors = error.pow(2).sum((0, 2)) / len(x)  # [n_layers]
         if self.activation == "jumprelu":
-            l1_loss = (4 * acts * norms).tanh().sum() / len(x)  # 4, 3e-6, and 2 in _jump: [J25]
+            l1_loss = ((4 * acts * norms).tanh() @ self.penalty).sum() / len(x)  # 4, 3e-6, 2 in _jump: [J25]
             aux_loss = 3e-6 * (F.relu(self.log_threshold.exp() - h) * norms).sum() / len(x)
         else:
-            l1_loss, aux_loss = (acts.sum(0, dtype=torch.float32) * norms).sum() / len(x), h.new_zeros(())
+            l1_loss = (acts.sum(0, dtype=torch.float32) * norms) @ self.penalty / len(x)
+            aux_loss = h.new_zeros(())
         if self.activation == "batchtopk":
             lowest = scores.where(scores > 0, math.inf).min()
             self.threshold.lerp_(lowest.where(lowest.isfinite(), self.threshold), 0.01)
@@ -613,8 +681,11 @@ class CrossCoder(nn.Module):
 
     @torch.no_grad()
     def calibrate(self, x: Float[Tensor, "rows n_layers d_model"]) -> None:
-        """Starts from raw activations, but for relu: b_dec makes the mean error 0; pre-activations have mean 0,
-        or for jumprelu exceed the threshold on a tenth; at its scale the encoder reconstructs best: FVU < 1."""
+        """Starts from raw activations. But for relu b_dec makes the mean error 0, pre-activations have mean
+        0, jumprelu's exceed the threshold on a tenth, and the encoder's scale is the best: FVU < 1."""
+        used = (x != 0).any(0)  # the rest is what narrower sources end in, and keeps weights of 0
+        self.W_dec *= used
+        self.W_enc *= used[..., None]
         if self.activation == "relu":
             return
         y, threshold = x.float() / self.norm_factor[:, None], self.get_thresholds()
@@ -817,7 +888,8 @@ def get_ce(model, tokens: Int[Tensor, "batch pos"], splices: list[tuple[str, Ten
     changes, hooks = {}, []
 
     def splice(act, hook, new, name):
-        spliced = torch.cat([act[:, :1], new[:, 1:].to(act).reshape(act[:, 1:].shape)], dim=1)
+        new = new[:, 1:, : act[0, 0].numel()].to(act)  # without what pads it
+        spliced = torch.cat([act[:, :1], new.reshape(act[:, 1:].shape)], dim=1)
         changes[name] = spliced - act
         return spliced
 
@@ -831,15 +903,31 @@ def get_ce(model, tokens: Int[Tensor, "batch pos"], splices: list[tuple[str, Ten
 
 
 @torch.no_grad()
+def get_relative_norms(crosscoder: CrossCoder) -> tuple[Float[Tensor, "d_sae"], Float[Tensor, "d_sae"]]:
+    """Of two models' decoder vectors d: ||d_B|| / (||d_A|| + ||d_B||) [O24], 0 for a latent that only the
+    first has and 1 for one that only the second has; and their cosine."""
+    d_A, d_B = crosscoder.W_dec.unflatten(1, (2, -1)).flatten(2).unbind(1)
+    norms = torch.stack([d_A.norm(dim=-1), d_B.norm(dim=-1)])
+    return norms[1] / norms.sum(0).clamp(min=1e-30), F.cosine_similarity(d_A, d_B, dim=-1)
+
+
+@torch.no_grad()
 def evaluate(crosscoder: CrossCoder, models: list, tokens: Int[Tensor, "n_seqs seq_len"], cfg: dict) -> dict:
     """get_stats and cross-entropies on tokens as a flat dict of floats, with a key a source. ce/clean: of the
     models, in nats. ce/delta_*: what it rises by with the reconstruction in place of a source, or of all.
-    ce/ablated_*: with the mean. An acausal reconstruction has seen later layers, which can flatter it."""
+    ce/ablated_*: with the mean. An acausal reconstruction has seen later layers, which can flatter it.
+    diff/*, of two models: how many latents active here both have, by relative norm, with the mean cosine of
+    their decoder vectors, and how many only one has."""
     stats, sources = get_stats(crosscoder, models, tokens, cfg), get_sources(models, cfg)
     names = source_names(cfg, len(sources))
     metrics = {"fvu/all": stats["fvu_all"].item(), "sparsity/l0": stats["l0"].item()}
     for key in ("fvu", "norm_ratio"):
         metrics |= {f"{key}/{name}": value for name, value in zip(names, stats[key].tolist())}
+    if len(models) == 2:
+        norms, cosines = (each.cpu()[stats["freqs"] > 0] for each in get_relative_norms(crosscoder))
+        shared = (0.3 < norms) & (norms < 0.7)
+        metrics |= {"diff/shared": shared.sum().item(), "diff/cosine": cosines[shared].mean().item(),
+                    "diff/only_0": (norms < 0.05).sum().item(), "diff/only_1": (norms > 0.95).sum().item()}
     for batch in tokens.split(cfg["model_batch_size"]):
         batch = batch.to(cfg["device"]).long()
         x = get_stacked_resids(models, batch, cfg)
@@ -909,7 +997,9 @@ class Trainer:
             return torch.tensor([PUBLISHED_NORMS[s.layer] for s in get_sources(self.models, self.cfg)])
         rows = self.buffer.buffer
         norms = sum(some.float().norm(dim=-1).sum(0) for some in rows.split(self.cfg["batch_size"]))
-        return norms / (len(rows) * math.sqrt(rows.shape[-1]))
+        used = (rows[: self.cfg["batch_size"]] != 0).any(0)  # narrower sources end in zeros
+        widths = (used * torch.arange(1, rows.shape[-1] + 1, device=rows.device)).amax(-1)
+        return norms / (len(rows) * widths.sqrt())
 
     def get_lr(self) -> float:
         """Up over the first 5% of the steps, then flat, then down to zero over the last 20% [A24]."""

@@ -155,7 +155,7 @@ def other_models(tmp_path_factory):
     (dict(seq_len=129), "128"),
     (dict(model_name="gpt2-nowhere"), "preset=tiny"),
     (dict(model_name="base,words"), "differ in 1 entries, first 'zounds'"),
-    (dict(model_name="base,narrow"), "share d_model"),
+    (dict(model_name="base,llama"), "base and .*llama differ in their number; give layer numbers"),
     (dict(model_name="llama", center=True), "no LayerNorm"),
 ])
 def test_sources_that_do_not_exist_or_fit_are_refused(other_models, overrides, said):

@@ -1,6 +1,7 @@
 """scratch.py on a real run."""
 import re
-import runpy
+import subprocess
+import sys
 
 import numpy as np
 import plotly.graph_objects as go
@@ -11,7 +12,7 @@ import torch
 from conftest import ROOT
 from utils import CrossCoder
 
-TEXT = (ROOT / "scratch.py").read_text()
+TEXT = (ROOT / "scratch.py").read_text().split("# %% Model diffing")[0]  # the rest is in test_diff.py
 
 
 @pytest.fixture(autouse=True)
@@ -23,7 +24,8 @@ def gradients_back_on():
 def test_scratch_runs_from_top_to_bottom_and_every_figure_shows_something(tiny_run, monkeypatch, capsys):
     folder, _ = tiny_run
     monkeypatch.chdir(folder)
-    names = runpy.run_path(str(ROOT / "scratch.py"))
+    names: dict = {}
+    exec(TEXT, names)
     figures = {name: value for name, value in names.items() if isinstance(value, go.Figure)}
     assert sorted(figures) == sorted(set(re.findall(r"^(fig_\w+|overview)$", TEXT, flags=re.MULTILINE)))
     for name, figure in figures.items():
@@ -47,3 +49,9 @@ def test_every_cell_needs_only_the_first(tiny_run, monkeypatch):
     exec(first, loaded)
     for cell in others:
         exec(cell, dict(loaded))
+
+
+def test_with_one_model_it_ends_where_model_diffing_begins(tiny_run):
+    folder, _ = tiny_run
+    run = subprocess.run([sys.executable, ROOT / "scratch.py"], cwd=folder, capture_output=True, text=True)
+    assert run.returncode == 0 and run.stdout.endswith("python train.py --preset=diff-tiny\n")
