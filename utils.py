@@ -111,7 +111,7 @@ PRESETS = {
     },
     "diff": {  # what did Gemma 2's tuning add? [M25]
         "model_name": "google/gemma-2-2b,google/gemma-2-2b-it", "layers": "13", "model_batch_size": 4,
-        "dataset": "HuggingFaceFW/fineweb:0.5,lmsys/lmsys-chat-1m:0.5", "num_tokens": 10**8,
+        "dataset": "HuggingFaceFW/fineweb:0.5,lmsys/lmsys-chat-1m:0.5", "num_tokens": 2 * 10**8,
         "activation": "batchtopk", "k": 100, "dict_size": 73_728, "lr": 1e-4,
     },
 }
