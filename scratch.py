@@ -206,9 +206,10 @@ active = get_stats(crosscoder, models, held_out, cfg)["freqs"] > 0
 shared = active & (0.3 < rel_norms) & (rel_norms < 0.7)
 fig_diff = make_subplots(cols=2, subplot_titles=(
     "relative decoder norm, active latents", "decoder cosine, shared latents"))
-fig_diff.add_histogram(x=rel_norms[active], xbins={"start": 0, "end": 1, "size": 0.025}, row=1, col=1)
+fig_diff.add_histogram(x=rel_norms[active], xbins={"start": 0, "end": 1.02, "size": 0.02}, row=1, col=1)
 fig_diff.add_histogram(x=cosines[shared], xbins={"start": -1, "end": 1, "size": 0.05}, row=1, col=2)
 first, second = (Path(name).name for name in cfg["model_name"].split(","))
+fig_diff.update_xaxes(range=[0, 1.02], row=1, col=1)
 fig_diff.update_layout(
     width=1000, height=360, showlegend=False, template="plotly_white",
     title=f"{shared.sum()} shared, {(active & (rel_norms < 0.05)).sum()} only in {first}, "
@@ -255,11 +256,11 @@ fig_scaling = go.Figure()
 for m, name in enumerate(cfg["model_name"].split(",")):
     nu = table[candidates & (second == bool(m)), 3:]
     fig_scaling.add_scatter(x=nu[:, 0], y=nu[:, 1], mode="markers", name=f"only in {Path(name).name}")
-fig_scaling.add_shape(type="rect", x0=-1, x1=0.2, y0=-1, y1=0.5, line_color="#888888")
+fig_scaling.add_shape(type="rect", x0=-0.6, x1=0.2, y0=-0.6, y1=0.5, line_color="#888888")
 fig_scaling.update_layout(
-    width=560, height=480, template="plotly_white", title="Latent scaling: exclusive are those in the corner",
-    xaxis={"range": [-1, 2], "title": "nu_eps: much where it was shrunk away"},
-    yaxis={"range": [-1, 2], "title": "nu_r: much where others stand in"})
+    width=620, height=480, template="plotly_white", title="Latent scaling: exclusive are those in the corner",
+    xaxis={"range": [-0.6, 1.2], "title": "nu_eps: much where it was shrunk away"},
+    yaxis={"range": [-0.6, 1.2], "title": "nu_r: much where others stand in"})
 fig_scaling
 
 
