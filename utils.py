@@ -33,6 +33,7 @@ from typing import Iterable, Iterator, NamedTuple
 import datasets.fingerprint
 import einops
 import filelock
+import huggingface_hub
 import numpy as np
 import safetensors.torch
 import torch
@@ -40,7 +41,7 @@ import torch.nn.functional as F
 import tqdm
 import wandb
 from huggingface_hub.constants import HF_HOME
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from transformer_lens.model_bridge import TransformerBridge
 from transformer_lens.model_bridge.generalized_components import AttentionBridge, NormalizationBridge
@@ -74,6 +75,7 @@ default_cfg = {
     "dataset": "Skylion007/openwebtext@refs/convert/parquet",  # hub name@revision, or local folder of text
     # tokens and dataset can be mixes: a:0.5,b:0.5
     "seq_len": 1024,  # tokens in a sequence, the first of them BOS
+    "ignore_tokens": "",  # ids, such as 106,107, at which activations are left out, besides position 0
     # the crosscoder and its training, as published [N24]
     "num_tokens": 1_070_000_000,  # tokens to train on: one row of activations each
     "batch_size": 2048,  # rows in a step
@@ -116,9 +118,13 @@ PRESETS = {
     },
 }
 PRESETS["diff-tiny"] = PRESETS["tiny"] | {  # the same of a model of the Bible, tuned on a dictionary
-    "model_name": f"{TINY / 'base'},{TINY / 'tuned'}", "layers": "2", "activation": "batchtopk", "n_exclusive": 100,
-    "tokens": f"{TINY / 'kjv.npy'}:0.5,{TINY / 'wordnet.npy'}:0.5"}
+    "model_name": f"{TINY / 'base'},{TINY / 'tuned'}", "layers": "2", "activation": "batchtopk",
+    "n_exclusive": 100, "tokens": f"{TINY / 'kjv.npy'}:0.5,{TINY / 'wordnet.npy'}:0.5"}
 NO_HUB = "where there is no hub give a local folder, or preset=tiny"
+REMEDIES = {  # by what the error is called or says
+    "GatedRepo|a gated dataset": "accept its licence on its page and log in (hf auth login)",
+    "RevisionNotFound": "no such revision",
+    "RepositoryNotFound|t exist on the Hub": "no such name; check it, or log in for what is private (hf auth login)"}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 MOST_SKIPPED = 10  # steps in a row before a run stops
 CHOICES = {"preset": tuple(PRESETS), "activation": tuple(RECIPES), "enc_dtype": ("auto", *DTYPES),
@@ -136,6 +142,17 @@ PUBLISHED_NORMS = (  # E||x|| / sqrt(768) at GPT-2 Small's resid_post without po
 def bad(key: str, value, remedy: str) -> ValueError:
     """The error for a user's mistake: the key, its value, and what would be right."""
     return ValueError(f"{key}={value!r}: {remedy}")
+
+
+def explain(error: BaseException | None) -> str:
+    """What went wrong with the hub, a file or a dataset, and the remedy, in a line."""
+    said = f"{error!r:.200}; {NO_HUB}"
+    while error is not None:
+        for pattern, remedy in REMEDIES.items():
+            if re.search(pattern, repr(error)):
+                return remedy
+        error = error.__cause__ or error.__context__
+    return said
 
 
 def make_cfg(**overrides) -> dict:
@@ -177,7 +194,7 @@ def _convert(key: str, value):
             raise bad(key, value, f"give one of {', '.join(CHOICES[key])}")
         return text.lower() == "true" if kind is bool else text.lower()
     if kind is str:
-        return text.replace(", ", ",") if key in ("model_name", "layers", "loss_weights") else text
+        return text.replace(", ", ",")
     below = 1 if key in ("beta1", "beta2") else math.inf
     with suppress(ValueError, OverflowError):
         number = kind(float(text))
@@ -211,6 +228,8 @@ def _fill_and_check(cfg: dict) -> None:
         raise bad("k", cfg["k"], f"more than dict_size={cfg['dict_size']}")
     if not re.fullmatch(r"([\d.]+(,[\d.]+)*)?", cfg["loss_weights"]):
         raise bad("loss_weights", cfg["loss_weights"], "give a number for each source, such as 1,1,1,2")
+    if not re.fullmatch(r"(\d+(,\d+)*)?", cfg["ignore_tokens"]):
+        raise bad("ignore_tokens", cfg["ignore_tokens"], "give token ids, such as 106,107")
     n_models = len(cfg["model_name"].split(","))
     for key in ("n_shared", "n_exclusive"):
         if cfg[key] and (n_models == 1 or cfg["n_shared"] + n_models * cfg["n_exclusive"] > cfg["dict_size"]):
@@ -304,7 +323,7 @@ def open_run(cfg: dict) -> tuple[Path, filelock.FileLock]:
 
 # ---- Tokens ----------------------------------------------------------------------------------------------
 def load_tokens(cfg: dict, tokenizer) -> Int[Tensor, "n_seqs seq_len"]:
-    """The text as token ids: the file cfg["tokens"], or cfg["dataset"] by way of a cache file, memory-mapped.
+    """The text as token ids: the file cfg["tokens"], or cfg["dataset"] by way of a cache, memory-mapped.
     Of a mix a:0.5,b:0.5 in memory, rows of each in turn throughout, until those of one are used up.
     Raises ValueError where there is nothing that the models can be run on."""
     key = "tokens" if cfg["tokens"] else "dataset"
@@ -322,7 +341,9 @@ def load_tokens(cfg: dict, tokenizer) -> Int[Tensor, "n_seqs seq_len"]:
 
 
 def _load_tokens(cfg: dict, tokenizer, share: float = 1.0) -> Int[Tensor, "n_seqs seq_len"]:
-    path = Path(cfg["tokens"] or _tokenise(cfg, tokenizer, share))
+    if not cfg["tokens"]:
+        return _tokenise(cfg, tokenizer, share)
+    path = Path(cfg["tokens"])
     try:
         if path.suffix == ".pt":
             tokens = torch.load(path, mmap=True, weights_only=True, map_location="cpu")
@@ -341,10 +362,10 @@ def _load_tokens(cfg: dict, tokenizer, share: float = 1.0) -> Int[Tensor, "n_seq
     return tokens
 
 
-def _tokenise(cfg: dict, tokenizer, share: float) -> Path:
-    """Tokenises a dataset's share of what the run needs, unless that was done before. -> the cache file
-    A row is BOS and then a piece of the documents laid end to end, EOS after each; what is a conversation as
-    the chat template has it, of the first model with one."""
+def _tokenise(cfg: dict, tokenizer, share: float) -> Int[Tensor, "n_seqs seq_len"]:
+    """A dataset's share of what the run needs. Rows are added to a cache, which goes on where an earlier run,
+    cut off or with fewer tokens, left it. A row is BOS and then a piece of the documents laid end to end, EOS
+    after each; what is a conversation as the chat template has it, of the first model with one."""
     (name, _, revision), width = cfg["dataset"].partition("@"), cfg["seq_len"] - 1
     n_rows = cfg["num_tokens"] + cfg["batch_size"] * cfg["buffer_mult"]  # the buffer reads ahead
     n_seqs = math.ceil(share * (math.ceil(n_rows / width) + cfg["eval_seqs"]))
@@ -353,11 +374,9 @@ def _tokenise(cfg: dict, tokenizer, share: float) -> Path:
     files = sorted((str(file), file.stat().st_mtime_ns) for file in Path(name).glob("**/*"))  # none on a hub
     whole_files = {"sample_by": "document"} if any(file.endswith(".txt") for file, _ in files) else {}
     spelling = [tokenizer.get_vocab(), tokenizer.chat_template]
-    identity = [name, revision, files, width, n_seqs, bos, eos, spelling]
-    cache = Path(HF_HOME, "crosscoder_tokens", datasets.fingerprint.Hasher.hash(identity) + ".npy")
-    if cache.exists():
-        return cache
-    rows, rest = [], np.empty(0, np.uint32)
+    identity = datasets.fingerprint.Hasher.hash([name, revision, files, cfg["seq_len"], bos, eos, spelling])
+    cache = Path(HF_HOME, "crosscoder_tokens", identity)
+    dtype = np.dtype("uint16" if len(tokenizer) <= 2**16 else "int32")
 
     def get_text(row: dict) -> str:
         if "text" in row:
@@ -366,23 +385,39 @@ def _tokenise(cfg: dict, tokenizer, share: float) -> Path:
         return chat.removeprefix(tokenizer.bos_token or "")
 
     try:
-        texts = map(get_text, datasets.load_dataset(
-            name, revision=revision or None, split="train", streaming=True, **whole_files))
-        with tqdm.tqdm(total=n_seqs * width, unit="tok", unit_scale=True, desc="tokenising") as bar:
-            while bar.n < bar.total and (batch := list(itertools.islice(texts, 256))):
-                ids = tokenizer(batch, add_special_tokens=False, verbose=False)["input_ids"]
-                rest = np.concatenate([rest, *(np.array([*i, eos], np.uint32) for i in ids)])
-                whole = rest[: len(rest) // width * width].reshape(-1, width)[: n_seqs - bar.n // width]
-                rows.append(whole.astype(np.uint16 if len(tokenizer) <= 2**16 else np.int32))
-                rest = rest[whole.size :]
-                bar.update(whole.size)
-        if not bar.n:
+        cache.mkdir(parents=True, exist_ok=True)
+        with filelock.FileLock(cache / ".lock"), open(cache / "rows.bin", "ab") as file:
+            done = {"rows": 0, "rest": [], "dataset": None, "ended": False}
+            with suppress(FileNotFoundError):
+                done = json.loads((cache / "done.json").read_text())
+            file.truncate(done["rows"] * cfg["seq_len"] * dtype.itemsize)
+            if not (finished := done["rows"] >= n_seqs or done["ended"]):
+                stream = datasets.load_dataset(
+                    name, revision=revision or None, split="train", streaming=True, **whole_files)
+                stream.load_state_dict(done["dataset"] or stream.state_dict())
+                texts = map(get_text, stream)
+            with tqdm.tqdm(desc="tokenising", total=n_seqs, initial=done["rows"], unit="tok",
+                           unit_scale=cfg["seq_len"], disable=finished) as bar:
+                while done["rows"] < n_seqs and not done["ended"]:
+                    batch = list(itertools.islice(texts, 1024))
+                    ids = tokenizer([*batch, ""], add_special_tokens=False, verbose=False)["input_ids"][:-1]
+                    rest = [np.array(done["rest"], dtype), *(np.array([*i, eos], dtype) for i in ids)]
+                    rest = np.concatenate(rest)
+                    rows = rest[: len(rest) // width * width].reshape(-1, width)
+                    np.pad(rows, ((0, 0), (1, 0)), constant_values=bos).tofile(file)
+                    file.flush()
+                    os.fsync(file)
+                    done = {"rows": done["rows"] + len(rows), "rest": rest[rows.size :].tolist(),
+                            "dataset": stream.state_dict(), "ended": not batch}
+                    with atomically(cache / "done.json") as temporary:
+                        temporary.write_text(json.dumps(done))
+                    bar.update(len(rows))
+        if not done["rows"]:
             raise ValueError(f"less text than one sequence of seq_len={cfg['seq_len']}")
+        rows = np.memmap(cache / "rows.bin", dtype, "c", shape=(done["rows"], cfg["seq_len"]))
+        return torch.from_numpy(rows)[:n_seqs]
     except Exception as error:
-        raise bad("dataset", cfg["dataset"], f"cannot be tokenised ({error!r:.200}); {NO_HUB}") from None
-    with atomically(cache) as temporary:
-        np.save(temporary, np.pad(np.concatenate(rows), ((0, 0), (1, 0)), constant_values=bos))
-    return cache
+        raise bad("dataset", cfg["dataset"], f"cannot be tokenised: {explain(error)}") from None
 
 
 # ---- Activations -----------------------------------------------------------------------------------------
@@ -411,6 +446,12 @@ def source_names(cfg: dict, n_layers: int) -> list[str]:
     numbers = [f"{m}_" * (models.count(model) > 1) for m, model in enumerate(models)]
     return [f"{number}{model}:" * (len(models) > 1) + f"{cfg['site']}.{layer}"
             for number, model in zip(numbers, models) for layer in layers]
+
+
+def is_used(tokens: Int[Tensor, "..."], cfg: dict) -> Bool[Tensor, "..."]:
+    """Whether activations at these tokens are used: all but cfg["ignore_tokens"]."""
+    ignored = [int(number) for number in cfg["ignore_tokens"].split(",") if number]
+    return ~torch.isin(tokens.long(), torch.tensor(ignored, device=tokens.device).long())
 
 
 @torch.no_grad()
@@ -455,7 +496,7 @@ def load_models(cfg: dict) -> list[TransformerBridge]:
                 name, device=cfg["device"], dtype=DTYPES[cfg["enc_dtype"]])
             opened[name].original_model.config.use_cache = False  # keys and values that nobody would read
         except Exception as error:
-            raise bad("model_name", name, f"cannot be opened ({error!r:.200}); {NO_HUB}") from None
+            raise bad("model_name", name, f"cannot be opened: {explain(error)}") from None
     models = [opened[name] for name in names]
     for name, model in zip(names, models):
         if cfg["seq_len"] > (model.cfg.n_ctx or math.inf):
@@ -752,6 +793,46 @@ class CrossCoder(nn.Module):
             raise bad("path", str(folder), f"it holds no crosscoder: {error!r:.200}") from None
         return crosscoder
 
+    @classmethod
+    def from_hub(cls, repo_id: str, revision: str | None = None, device: str = "cpu") -> "CrossCoder":
+        """load, of what push_to_hub has put on the hub under this name. Raises ValueError where it cannot."""
+        try:
+            path = huggingface_hub.snapshot_download(
+                repo_id, revision=revision, allow_patterns=[*RESUME[:2], "manifest.json"])
+        except Exception as error:
+            raise bad("repo_id", repo_id, explain(error)) from None
+        return cls.load(path, device)
+
+
+def push_to_hub(path: str | Path, repo_id: str, private: bool = False) -> str:
+    """Puts a checkpoint, or the newest in a run's folder, on the hub, without what only resuming needs, with
+    a model card of its cfg and last evaluation. -> its address. Raises ValueError where it cannot."""
+    folder, files = read_checkpoint("path", Path(path), RESUME[:2])
+    cfg, (n_layers, d_model, dict_size) = files["cfg.json"], files["crosscoder.safetensors"]["W_enc"].shape
+    names, log = source_names(cfg, n_layers), folder.parent / "metrics.jsonl"
+    rows = map(json.loads, log.read_text().splitlines() if log.exists() else ())
+    metrics = [row for row in rows if "ce/clean" in row and folder.name == f"step_{row['step']:07d}"][-1:]
+    card = (
+        "---", "tags: [crosscoder, sparse-autoencoder, interpretability]", "---", f"# {repo_id}",
+        f"A sparse crosscoder: {dict_size:,} latents ({cfg['activation']}), {n_layers} sources of width "
+        f"{d_model}: {', '.join(names)} of {cfg['model_name']}.", "", "```python",
+        "from utils import CrossCoder", f'crosscoder = CrossCoder.from_hub("{repo_id}")',
+        "acts = crosscoder.encode(x)  # x [..., n_layers, d_model], raw activations", "```", "",
+        "| source | FVU | CE delta, nats |", "|---|---|---|",
+        *(f"| {each} | {row[f'fvu/{each}']:.4f} | {row[f'ce/delta_{each}']:+.4f} |"
+          for row in metrics for each in (*names, "all")), "",
+        *(f"L0 {row['sparsity/l0']:.1f}, dead latents {row['sparsity/dead']:.1%}; on held-out text."
+          for row in metrics), "", *(f"- {key}: {cfg[key]}" for key in cfg if key not in MAY_CHANGE[:10]))
+    try:
+        huggingface_hub.create_repo(repo_id, private=private, exist_ok=True)
+        with tempfile.TemporaryDirectory() as upload:
+            for name in (*RESUME[:2], "manifest.json"):
+                shutil.copy(folder / name, upload)
+            Path(upload, "README.md").write_text("\n".join(card) + "\n")
+            return str(huggingface_hub.upload_folder(repo_id=repo_id, folder_path=upload))
+    except Exception as error:
+        raise bad("repo_id", repo_id, explain(error)) from None
+
 
 # ---- Buffer ----------------------------------------------------------------------------------------------
 class Buffer:
@@ -788,11 +869,18 @@ class Buffer:
 
     def refresh(self) -> None:
         """Fills the served slots with the next rows and shuffles the order of all."""
-        start, end = self.next_row, self.next_row + self.pointer
+        start, end, parts = self.next_row, self.next_row, []
+        while missing := self.pointer - sum(map(len, parts)):
+            rows, end = torch.arange(end, end + missing), end + missing
+            seqs, positions = rows // self.positions % len(self.all_tokens), rows % self.positions + 1
+            parts.append(rows[is_used(self.all_tokens[seqs, positions], self.cfg)])
+            if end - start > self.rows_per_epoch:
+                raise bad("ignore_tokens", self.cfg["ignore_tokens"], "without these too little text is "
+                          "left for the buffer; lower buffer_mult, or give more text")
         length = self.cfg["model_batch_size"] * self.positions  # of a pass, up to the end of a sequence
         passes = [start, *range(start - start % self.positions + length, end, length), end]
         row_numbers = self.row_numbers.clone()
-        row_numbers[self.order[: self.pointer]] = torch.arange(start, end, device=self.order.device)
+        row_numbers[self.order[: self.pointer]] = torch.cat(parts).to(self.order.device)
         self._harvest(row_numbers, passes)
         self.row_numbers, self.passes = row_numbers, self.passes + passes[1:]
         self.order = torch.randperm(self.size, generator=self.generator).to(self.order.device)
@@ -852,7 +940,7 @@ class Buffer:
 def iter_rows(models: list, tokens: Int[Tensor, "n_seqs seq_len"], cfg: dict) -> Iterator[Tensor]:
     """The activations on tokens, position 0 left out, [up to batch_size, n_layers, d_model] at a time."""
     for batch in tokens.split(cfg["model_batch_size"]):
-        x = get_stacked_resids(models, batch, cfg)[:, 1:].flatten(0, 1)
+        x = get_stacked_resids(models, batch, cfg)[:, 1:][is_used(batch[:, 1:], cfg)]
         yield from x.split(cfg["batch_size"])
         del x  # before the next is made
 

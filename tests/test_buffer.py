@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from utils import Buffer, get_stacked_resids
+from utils import Buffer, get_stacked_resids, iter_rows
 
 
 @pytest.fixture
@@ -83,3 +83,24 @@ def test_the_same_seed_serves_the_same_rows(cfg, models, tokens, buffer):
     again, other = Buffer(cfg, models, tokens[:21]), Buffer({**cfg, "seed": 1}, models, tokens[:21])
     batch = buffer.next()
     assert torch.equal(batch, again.next()) and not torch.equal(batch, other.next())
+
+
+def test_ignored_tokens_are_neither_served_nor_evaluated(cfg, models, tokens):
+    common = tokens[:60].flatten().long().bincount().argsort(descending=True)[:3].tolist()
+    cfg = {**cfg, "ignore_tokens": ",".join(map(str, common))}
+    buffer, served = Buffer(cfg, models, tokens[:60]), []
+    for _ in range(40):
+        rows, numbers = serve(buffer)
+        served += numbers.tolist()
+        seq, position = divmod(served[-1], 127)
+        wanted = get_stacked_resids(models, tokens[seq : seq + 1], cfg)[0, position + 1]
+        assert torch.allclose(rows[-1], wanted, atol=1e-4)
+    ids = tokens[:60, 1:].flatten().long()
+    assert len(set(served)) == len(served) == 40 * 64
+    assert not set(ids[served].tolist()) & set(common)
+    used = sum(number not in common for number in ids[: buffer.next_row].tolist())
+    assert used == buffer.rows_served + buffer.size - buffer.pointer
+    n = sum(len(rows) for rows in iter_rows(models, tokens[:8], cfg))
+    assert n == sum(id not in common for id in tokens[:8, 1:].flatten().tolist()) < 8 * 127
+    with pytest.raises(ValueError, match="^ignore_tokens=.*too little text is left"):
+        Buffer({**cfg, "ignore_tokens": ",".join(map(str, range(4096)))}, models, tokens[:60])
