@@ -5,6 +5,7 @@ small table. In a script the figures go unseen: there write fig.write_html("fig.
 with the packages kaleido and a Chrome at hand.
 """
 # %% Load a crosscoder, its models and its held-out text
+import importlib.util
 import math
 import tempfile
 from functools import partial
@@ -20,8 +21,8 @@ import tqdm
 from plotly.subplots import make_subplots
 
 from utils import (
-    CrossCoder, Trainer, evaluate, get_ce, get_relative_norms, get_sources, get_stacked_resids, get_stats, iter_rows,
-    load_models, load_tokens, make_cfg, source_names)
+    PUBLISHED_NORMS, CrossCoder, Trainer, evaluate, get_ce, get_relative_norms, get_sources, get_stacked_resids,
+    get_stats, iter_rows, load_models, load_tokens, make_cfg, source_names)
 
 torch.set_grad_enabled(False)
 CHECKPOINTS = sorted(Path("checkpoints").glob("version_*/step_*"), key=lambda path: path.stat().st_mtime)
@@ -192,6 +193,84 @@ overview.update_layout(
     title=f"{len(shape):,} latents over {len(names)} sources: L0 {metrics['sparsity/l0']:.1f}, "
           f"FVU {metrics['fvu/all']:.3f}, clean cross-entropy {metrics['ce/clean']:.2f}")
 overview
+
+# %% Open a published crosscoder or autoencoder of another code
+# norm_factor: what the activations of each source were divided by, [n_layers]; leave it out where it is folded into the
+# weights. That cannot always be told: for GPT-2 Small's it is, for others say torch.ones(n_layers).
+
+
+def convert_checkpoint(path, norm_factor=None, **overrides):
+    """A file of weights, read without running any code in it -> CrossCoder. It can be
+    - of GPT-2 Small's crosscoders or the Gemma 2 2B model diff (W_enc [n_layers, d_model, d_sae]): N.pt, cc_weights.pt
+    - of dictionary_learning's CrossCoder or BatchTopKCrossCoder (encoder.weight, with its code normalisation): model.pt
+    - of the one-layer autoencoders (W_enc [d_mlp, d_hidden], b_dec taken from the input)
+    overrides: make_cfg's, such as model_name, layers and site, which no such file tells."""
+    weights = torch.load(path, map_location="cpu", weights_only=True)
+    weights = {key.removeprefix("_orig_mod."): value.float() for key, value in weights.items()}
+    activation, thresholds = "relu", None
+    if "encoder.weight" in weights:
+        W_enc, b_enc, b_dec = weights["encoder.weight"], weights["encoder.bias"], weights["decoder.bias"]
+        W_dec = weights["decoder.weight"].transpose(0, 1)  # [d_sae, n_layers, d_model]
+        for key in ("activation_mean", "activation_std"):
+            if key in weights and weights[key].isfinite().any():
+                raise ValueError(f"{path}: {key} is used for normalising, which cannot be converted")
+        if "threshold" in weights:
+            norms, whole = W_dec.norm(dim=-1).sum(1), W_dec.flatten(1).norm(dim=1)
+            kinds = {1: norms, 2: whole, 3: whole + 0.1 * norms, 4: torch.ones_like(norms)}
+            kind = int(weights.get("code_normalization_id", torch.tensor(1)))
+            if kind not in kinds:
+                raise ValueError(f"{path}: a threshold for each layer cannot be converted")
+            activation, thresholds = "jumprelu", weights["threshold"].clamp(min=1e-30) / kinds[kind]
+    elif weights["W_enc"].ndim == 2:
+        W_enc, W_dec, b_dec = weights["W_enc"][None], weights["W_dec"][:, None], weights["b_dec"][None]
+        b_enc = weights["b_enc"] - weights["b_dec"] @ weights["W_enc"]
+    else:
+        W_enc, W_dec, b_enc, b_dec = (weights[key] for key in ("W_enc", "W_dec", "b_enc", "b_dec"))
+        if norm_factor is None:  # where it is folded in, decoder over encoder norms grow as its square
+            ratios = (W_dec.norm(dim=(0, 2)) / W_enc.norm(dim=(1, 2))).log()
+            if W_enc.shape[:2] != (12, 768):
+                raise ValueError("norm_factor: give what each source was divided by, or ones if that is folded in")
+            slope = np.polyfit(np.log(PUBLISHED_NORMS), ratios.numpy(), 1)[0]
+            if 0.5 < slope < 1.5:
+                raise ValueError(f"norm_factor: cannot be told from the weights (slope {slope:.2f} of 0 or 2); give it")
+            norm_factor = torch.tensor(PUBLISHED_NORMS) if slope < 1 else torch.ones(12)
+    n_layers, d_model, dict_size = W_enc.shape
+    cfg = make_cfg(**{"device": "cpu", "enc_dtype": "fp32", **overrides, "activation": activation, "dict_size": dict_size})
+    crosscoder = CrossCoder(cfg, n_layers, d_model)
+    crosscoder.load_state_dict({
+        **crosscoder.state_dict(), "W_enc": W_enc, "W_dec": W_dec, "b_enc": b_enc, "b_dec": b_dec,
+        **({} if thresholds is None else {"log_threshold": thresholds.log()}),
+        **({} if norm_factor is None else {"norm_factor": torch.as_tensor(norm_factor)})})
+    return crosscoder
+
+
+path = Path("published/0.pt")  # such as one of GPT-2 Small's
+if path.exists():
+    print(f"{path}: {convert_checkpoint(path, model_name='gpt2', center=True).W_dec.shape}")
+
+# %% Beside sparse autoencoders of single layers, if sae_lens is installed: L0 against CE delta, a layer a panel
+# Give a release and its names for the layers of your model; those of GPT-2 Small are the default.
+release, sae_id = "gpt2-small-res-jb", "blocks.{layer}.hook_resid_pre"
+if importlib.util.find_spec("sae_lens") is None:
+    print("sae_lens is not installed: pip install sae-lens")
+elif cfg["model_name"] != "gpt2":
+    print(f"{release} is of gpt2, not of {cfg['model_name']}; give another release")
+else:
+    from sae_lens import SAE
+    metrics, batch = evaluate(crosscoder, models, held_out, cfg), held_out[:16].to(cfg["device"]).long()
+    clean = get_ce(models[0], batch)
+    fig_saes = make_subplots(cols=len(sources), subplot_titles=names)
+    for column, (source, name) in enumerate(zip(sources, names), start=1):
+        loaded = SAE.from_pretrained(release, sae_id.format(layer=source.layer + 1), device=cfg["device"])  # resid_pre
+        sae = loaded[0] if isinstance(loaded, tuple) else loaded
+        x = get_stacked_resids(models, batch, {**cfg, "layers": str(source.layer)})[:, :, 0].float()
+        features = sae.encode(x)
+        points = {"crosscoder": (metrics["sparsity/l0"], metrics[f"ce/delta_{name}"]), "SAE": (
+            (features[:, 1:] > 0).sum(-1).float().mean().item(),
+            get_ce(models[0], batch, [(source.hook, sae.decode(features))]) - clean)}
+        for label, (l0, delta) in points.items():
+            fig_saes.add_scatter(x=[l0], y=[delta], name=label, mode="markers", row=1, col=column)
+    fig_saes.show()
 
 # %% Model diffing: the cells from here on need a crosscoder of two models
 if len(models) != 2:

@@ -51,7 +51,7 @@ from transformers.activations import NewGELUActivation
 # ---- Config ----------------------------------------------------------------------------------------------
 default_cfg = {
     # the run
-    "preset": "gpt2-small",  # gpt2-small, tiny, diff or diff-tiny: its values stand in for these defaults
+    "preset": "gpt2-small",  # or tiny, diff, diff-tiny, gelu-1l: its values stand in for these defaults
     "seed": 51,  # of the initial weights and of the shuffling
     "device": "auto",  # cuda, cuda:1 or cpu; auto is cuda where there is one
     "save_dir": "checkpoints",  # folder in which each run makes its own, version_N
@@ -116,6 +116,10 @@ PRESETS = {
         "dataset": "HuggingFaceFW/fineweb:0.5,lmsys/lmsys-chat-1m:0.5", "num_tokens": 2 * 10**8,
         "activation": "batchtopk", "k": 100, "dict_size": 73_728, "lr": 1e-4,
     },
+    "gelu-1l": {  # one source: an ordinary sparse autoencoder on the MLP of a one-layer model
+        "model_name": "NeelNanda/GELU_1L512W_C4_Code", "layers": "0", "site": "post", "num_tokens": 10**8,
+        "dataset": "NeelNanda/c4-code-20k", "lr": 1e-4, "dec_init_norm": 0.1,
+    },
 }
 PRESETS["diff-tiny"] = PRESETS["tiny"] | {  # the same of a model of the Bible, tuned on a dictionary
     "model_name": f"{TINY / 'base'},{TINY / 'tuned'}", "layers": "2", "activation": "batchtopk",
@@ -124,7 +128,8 @@ NO_HUB = "where there is no hub give a local folder, or preset=tiny"
 REMEDIES = {  # by what the error is called or says
     "GatedRepo|a gated dataset": "accept its licence on its page and log in (hf auth login)",
     "RevisionNotFound": "no such revision",
-    "RepositoryNotFound|t exist on the Hub": "no such name; check it, or log in for what is private (hf auth login)"}
+    "RepositoryNotFound|t exist on the Hub":
+        "no such name; check it, or log in for what is private (hf auth login)"}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 MOST_SKIPPED = 10  # steps in a row before a run stops
 CHOICES = {"preset": tuple(PRESETS), "activation": tuple(RECIPES), "enc_dtype": ("auto", *DTYPES),
