@@ -51,7 +51,7 @@ from transformers.activations import NewGELUActivation
 # ---- Config ----------------------------------------------------------------------------------------------
 default_cfg = {
     # the run
-    "preset": "gpt2-small",  # or tiny, diff, diff-tiny, gelu-1l: its values stand in for these defaults
+    "preset": "gpt2-small",  # or tiny, diff, diff-tiny, gelu-1l: what differs from these defaults
     "seed": 51,  # of the initial weights and of the shuffling
     "device": "auto",  # cuda, cuda:1 or cpu; auto is cuda where there is one
     "save_dir": "checkpoints",  # folder in which each run makes its own, version_N

@@ -3,6 +3,7 @@ import subprocess
 import sys
 
 from conftest import ROOT
+from frontier import SPARSITIES
 
 
 def test_the_frontier_is_made_drawn_and_not_made_twice(tmp_path):
@@ -12,7 +13,7 @@ def test_the_frontier_is_made_drawn_and_not_made_twice(tmp_path):
     assert first.returncode == 0, first.stderr[-2000:]
     rows = [json.loads(line) for line in open(tmp_path / "out" / "frontier.jsonl")]
     assert [(row["activation"], row["value"]) for row in rows] == [
-        *(("topk", k) for k in (12, 20, 32, 48)), *(("jumprelu", value) for value in (0.15, 0.25, 0.35, 0.5))]
+        (activation, value) for activation in ("topk", "jumprelu") for value in SPARSITIES[activation][1]]
     assert rows[0]["fvu/all"] > rows[3]["fvu/all"] and all(row["fvu/all"] < row["fvu_at_step_0"] for row in rows)
     assert all(1 <= row["span"] <= 4 for row in rows)
     assert (tmp_path / "out" / "frontier.html").stat().st_size > 10**5
