@@ -140,6 +140,7 @@ MAY_CHANGE = (  # on resume; the text is known by its hash, not by its name
     "buffer_device", "model_batch_size", "tokens", "dataset", "num_tokens")
 LEAST = {  # all others: above zero
     "seed": 0, "l1_coeff": 0, "aux_coeff": 0, "n_shared": 0, "n_exclusive": 0, "seq_len": 2, "buffer_mult": 2}
+LISTS = ("model_name", "layers", "loss_weights", "ignore_tokens")  # a space may follow their commas
 PUBLISHED_NORMS = (  # E||x|| / sqrt(768) at GPT-2 Small's resid_post without position 0, centred [N24]
     1.8281, 2.0781, 2.2031, 2.4062, 2.5781, 2.8281, 3.1562, 3.6875, 4.3125, 5.4062, 7.875, 16.5)
 
@@ -199,7 +200,7 @@ def _convert(key: str, value):
             raise bad(key, value, f"give one of {', '.join(CHOICES[key])}")
         return text.lower() == "true" if kind is bool else text.lower()
     if kind is str:
-        return text.replace(", ", ",")
+        return text.replace(", ", ",") if key in LISTS else text
     below = 1 if key in ("beta1", "beta2") else math.inf
     with suppress(ValueError, OverflowError):
         number = kind(float(text))
@@ -385,7 +386,7 @@ def _tokenise(cfg: dict, tokenizer, share: float) -> Int[Tensor, "n_seqs seq_len
 
     def get_text(row: dict) -> str:
         if "text" in row:
-            return row["text"]
+            return row["text"] or ""
         chat = tokenizer.apply_chat_template(row.get("messages") or row["conversation"], tokenize=False)
         return chat.removeprefix(tokenizer.bos_token or "")
 
@@ -405,7 +406,8 @@ def _tokenise(cfg: dict, tokenizer, share: float) -> Int[Tensor, "n_seqs seq_len
                            unit_scale=cfg["seq_len"], disable=finished) as bar:
                 while done["rows"] < n_seqs and not done["ended"]:
                     batch = list(itertools.islice(texts, 1024))
-                    ids = tokenizer([*batch, ""], add_special_tokens=False, verbose=False)["input_ids"][:-1]
+                    batch.append("")  # as it takes no empty list
+                    ids = tokenizer(batch, add_special_tokens=False, verbose=False)["input_ids"][:-1]
                     rest = [np.array(done["rest"], dtype), *(np.array([*i, eos], dtype) for i in ids)]
                     rest = np.concatenate(rest)
                     rows = rest[: len(rest) // width * width].reshape(-1, width)
@@ -413,7 +415,7 @@ def _tokenise(cfg: dict, tokenizer, share: float) -> Int[Tensor, "n_seqs seq_len
                     file.flush()
                     os.fsync(file)
                     done = {"rows": done["rows"] + len(rows), "rest": rest[rows.size :].tolist(),
-                            "dataset": stream.state_dict(), "ended": not batch}
+                            "dataset": stream.state_dict(), "ended": not ids}
                     with atomically(cache / "done.json") as temporary:
                         temporary.write_text(json.dumps(done))
                     bar.update(len(rows))

@@ -53,7 +53,7 @@ def start(hub, folder, *command, **environment):
 
 def train(hub, folder, *arguments, **environment):
     process = start(hub, folder, ROOT / "train.py", *arguments, **environment)
-    out, err = process.communicate(timeout=120)
+    out, err = process.communicate(timeout=600)
     return process.returncode, out, err
 
 
