@@ -357,6 +357,7 @@ class Shuffled:
         return self.model.run_with_hooks(tokens.roll(1, 0), **kwargs)
 
 
+assert cfg["model_batch_size"] > 1, "nothing to shuffle in passes of one sequence"
 all_tokens = load_tokens(cfg, tokenizer)
 print(f"{'models':<32} {'active':>7} {'candidates':>11} {'exclusive':>10}")
 for name, pair in (("the two", models), ("the first and itself", models[:1] * 2),

@@ -232,7 +232,7 @@ def _fill_and_check(cfg: dict) -> None:
         raise bad("layers", cfg["layers"], "give all, or layer numbers such as 0,3,6")
     if cfg.get("k", 1) > cfg["dict_size"]:
         raise bad("k", cfg["k"], f"more than dict_size={cfg['dict_size']}")
-    if not re.fullmatch(r"([\d.]+(,[\d.]+)*)?", cfg["loss_weights"]):
+    if not re.fullmatch(r"(\d*\.?\d+(,\d*\.?\d+)*)?", cfg["loss_weights"]):
         raise bad("loss_weights", cfg["loss_weights"], "give a number for each source, such as 1,1,1,2")
     if not re.fullmatch(r"(\d+(,\d+)*)?", cfg["ignore_tokens"]):
         raise bad("ignore_tokens", cfg["ignore_tokens"], "give token ids, such as 106,107")
@@ -337,12 +337,15 @@ def load_tokens(cfg: dict, tokenizer) -> Int[Tensor, "n_seqs seq_len"]:
     if len(names) == 1:
         return _load_tokens(cfg, tokenizer)
     try:
-        shares = np.array(shares, float) / np.sum(np.array(shares, float))
-    except ValueError:
+        shares = np.array(shares, float)
+        assert (shares > 0).all() and np.isfinite(shares := shares / shares.sum()).all()
+    except (ValueError, AssertionError):
         raise bad(key, cfg[key], "give each part of a mix its share, such as a:0.5,b:0.5") from None
     loaded = [_load_tokens({**cfg, key: name}, tokenizer, share) for name, share in zip(names, shares)]
+    if len({tokens.dtype for tokens in loaded}) > 1:
+        loaded = [tokens.int() for tokens in loaded]
     rows = [int(share * min(len(t) / s for t, s in zip(loaded, shares))) for share in shares]
-    order = np.argsort(np.concatenate([(np.arange(n) + 0.5) / n for n in rows]), kind="stable")
+    order = np.argsort(np.concatenate([(np.arange(n) + 0.5) / s for n, s in zip(rows, shares)]), kind="stable")
     return torch.cat([tokens[:n] for tokens, n in zip(loaded, rows)])[order]
 
 
@@ -387,7 +390,9 @@ def _tokenise(cfg: dict, tokenizer, share: float) -> Int[Tensor, "n_seqs seq_len
     def get_text(row: dict) -> str:
         if "text" in row:
             return row["text"] or ""
-        chat = tokenizer.apply_chat_template(row.get("messages") or row["conversation"], tokenize=False)
+        if not (chat := row.get("messages") or row.get("conversation")):
+            raise ValueError(f"no text, messages or conversation among its columns {', '.join(row)}")
+        chat = tokenizer.apply_chat_template(chat, tokenize=False)
         return chat.removeprefix(tokenizer.bos_token or "")
 
     try:
@@ -479,9 +484,9 @@ def get_stacked_resids(models: list, tokens: Int[Tensor, "batch pos"], cfg: dict
             act = act - act.mean(-1, keepdim=True) if cfg["center"] else act
             if resids is None:
                 resids = act.new_empty(*tokens.shape, len(sources), act.shape[2])
-            width = max(act.shape[2], resids.shape[3])  # narrower ones end in zeros
-            resids = F.pad(resids, (0, width - resids.shape[3]))
-            resids[:, :, i] = F.pad(act, (0, width - act.shape[2]))
+            if (more := act.shape[2] - resids.shape[3]) > 0:  # narrower ones end in zeros
+                resids = F.pad(resids, (0, more))
+            resids[:, :, i, : act.shape[2]], resids[:, :, i, act.shape[2] :] = act, 0
             seen.add(i)
             if mine.keys() <= seen:
                 raise StopIteration  # nothing above the last source is needed
@@ -491,6 +496,12 @@ def get_stacked_resids(models: list, tokens: Int[Tensor, "batch pos"], cfg: dict
                 tokens, return_type=None, fwd_hooks=[(hook, partial(keep, i=i)) for i, hook in mine.items()])
             raise bad("site", cfg["site"], f"{list(mine.values())} not seen; open the models with this cfg")
     return resids
+
+
+def get_widths(x: Float[Tensor, "rows n_layers d_model"]) -> Int[Tensor, "n_layers"]:
+    """Of each source, without the zeros that narrower ones end in."""
+    used = (x != 0).any(0)
+    return (used * torch.arange(1, x.shape[2] + 1, device=x.device)).amax(-1)
 
 
 def load_models(cfg: dict) -> list[TransformerBridge]:
@@ -731,7 +742,9 @@ class CrossCoder(nn.Module):
     def calibrate(self, x: Float[Tensor, "rows n_layers d_model"]) -> None:
         """Starts from raw activations. But for relu b_dec makes the mean error 0, pre-activations have mean
         0, jumprelu's exceed the threshold on a tenth, and the encoder's scale is the best: FVU < 1."""
-        used = (x != 0).any(0)  # the rest is what narrower sources end in, and keeps weights of 0
+        used = torch.arange(x.shape[2], device=x.device) < get_widths(x)[:, None]  # the rest keeps weights of 0
+        if self.cfg["n_shared"] and not used.all():
+            raise bad("n_shared", self.cfg["n_shared"], "these models differ in width; give 0")
         self.W_dec *= used
         self.W_enc *= used[..., None]
         if self.activation == "relu":
@@ -948,7 +961,7 @@ def iter_rows(models: list, tokens: Int[Tensor, "n_seqs seq_len"], cfg: dict) ->
     """The activations on tokens, position 0 left out, [up to batch_size, n_layers, d_model] at a time."""
     for batch in tokens.split(cfg["model_batch_size"]):
         x = get_stacked_resids(models, batch, cfg)[:, 1:][is_used(batch[:, 1:], cfg)]
-        yield from x.split(cfg["batch_size"])
+        yield from x.split(cfg["batch_size"]) if len(x) else ()
         del x  # before the next is made
 
 
@@ -1030,6 +1043,7 @@ def evaluate(crosscoder: CrossCoder, models: list, tokens: Int[Tensor, "n_seqs s
         clean = [get_ce(model, batch) for model in models]
         ces = {"ce/clean": np.mean(clean)}
         for kind, new in (("delta", x_hat.view_as(x)), ("ablated", stats["mean"].to(x).expand_as(x))):
+            new = torch.where(is_used(batch, cfg)[..., None, None], new, x)
             splices: list[list] = [[] for _ in models]
             for (m, _, hook), name, act in zip(sources, names, new.unbind(2)):
                 ces[f"ce/{kind}_{name}"] = get_ce(models[m], batch, [(hook, act)]) - clean[m]
@@ -1092,9 +1106,7 @@ class Trainer:
             return torch.tensor([PUBLISHED_NORMS[s.layer] for s in get_sources(self.models, self.cfg)])
         rows = self.buffer.buffer
         norms = sum(some.float().norm(dim=-1).sum(0) for some in rows.split(self.cfg["batch_size"]))
-        used = (rows[: self.cfg["batch_size"]] != 0).any(0)  # narrower sources end in zeros
-        widths = (used * torch.arange(1, rows.shape[-1] + 1, device=rows.device)).amax(-1)
-        return norms / (len(rows) * widths.sqrt())
+        return norms / (len(rows) * get_widths(rows[: self.cfg["batch_size"]]).sqrt())
 
     def get_lr(self) -> float:
         """Up over the first 5% of the steps, then flat, then down to zero over the last 20% [A24]."""

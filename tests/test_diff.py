@@ -47,8 +47,19 @@ def test_a_mix_has_its_shares_throughout(two, tmp_path):
     assert sum(is_kjv) == 900
     for start in range(0, 1200, 40):
         assert sum(is_kjv[start : start + 40]) in (29, 30, 31)
-    with pytest.raises(ValueError, match="^tokens=.*its share"):
-        load_tokens(make_cfg(**SMALL, tokens=f"{TINY / 'kjv.npy'},{TINY / 'wordnet.npy'}"), two[0].tokenizer)
+    for shares in (("", ""), (":1", ":-1"), (":nan", ":1"), (":0", ":1"), (":a", ":b")):
+        mix = ",".join(f"{TINY / name}{share}" for name, share in zip(("kjv.npy", "wordnet.npy"), shares))
+        with pytest.raises(ValueError, match="^tokens=.*its share"):
+            load_tokens(make_cfg(**SMALL, tokens=mix), two[0].tokenizer)
+
+
+def test_more_of_a_mix_begins_with_the_same_rows_and_ids_of_two_types_go_together(two, tmp_path):
+    wordnet = np.load(TINY / "wordnet.npy")
+    np.save(tmp_path / "short.npy", wordnet[:101].astype(np.int64))
+    np.save(tmp_path / "long.npy", wordnet[:307].astype(np.int64))
+    short, long = (load_tokens(make_cfg(**SMALL, tokens=f"{TINY / 'kjv.npy'}:0.3,{tmp_path / name}:0.7"), two[0].tokenizer)
+                   for name in ("short.npy", "long.npy"))
+    assert 140 < len(short) < len(long) and torch.equal(short[:-6], long[: len(short) - 6])
 
 
 def test_a_mix_of_text_and_chat_keeps_the_control_tokens_for_both_models(two, tmp_path, monkeypatch):
@@ -153,6 +164,8 @@ def test_a_narrower_model_is_padded_and_the_padding_counts_nowhere(tmp_path, tok
     assert crosscoder.W_dec[:, n, :48].any() and crosscoder.W_dec[:, 1 - n, 48:].any()
     metrics = trainer.evaluate()
     assert all(np.isfinite(value) for value in metrics.values())
+    with pytest.raises(ValueError, match="^n_shared=5: these models differ in width"):
+        Trainer({**cfg, "n_shared": 5}, models, tokens[:60])
 
 
 def test_relative_norms_cosines_and_counts_by_hand(two):

@@ -101,3 +101,11 @@ def test_ce_is_each_models_own(tokens, cfg):
     assert abs(metrics["ce/delta_base:resid_post.2"]) < 1e-4 < 0.1 < metrics["ce/delta_tuned:resid_post.2"]
     assert metrics["fvu/base:resid_post.2"] < 1e-6 and metrics["fvu/tuned:resid_post.2"] >= 1
     assert metrics["ce/delta_all"] == pytest.approx(metrics["ce/delta_tuned:resid_post.2"] / 2, abs=1e-4)
+
+
+def test_ignored_tokens_keep_their_own_activations_in_cross_entropies(models, held_out, cfg):
+    crosscoder = CrossCoder(cfg, 4, 128)  # untrained, and so of great cost
+    cost = evaluate(crosscoder, models, held_out, cfg)["ce/delta_resid_post.1"]
+    common = held_out.flatten().long().bincount().argsort(descending=True).tolist()
+    metrics = evaluate(crosscoder, models, held_out, {**cfg, "ignore_tokens": ",".join(map(str, common[:20]))})
+    assert metrics["ce/delta_resid_post.1"] < 0.9 * cost

@@ -109,7 +109,7 @@ def test_text_that_cannot_be_used_is_refused_and_leaves_nothing(tmp_path, tokeni
     (tmp_path / "short" / "a.txt").write_text("Jesus wept.")
     (tmp_path / "keyless").mkdir()
     (tmp_path / "keyless" / "a.jsonl").write_text('{"body": "Jesus wept."}\n')
-    for dataset, said in (("empty", "any data files"), ("short", "less text"), ("keyless", "KeyError"), ("no/where", "preset=tiny")):
+    for dataset, said in (("empty", "any data files"), ("short", "less text"), ("keyless", "no text, messages or conversation among its columns body"), ("no/where", "preset=tiny")):
         with pytest.raises(ValueError, match=said) as error:
             path = dataset if dataset == "no/where" else str(tmp_path / dataset)
             load_tokens(cfg_for(tokens="", dataset=path), tokenizer)
