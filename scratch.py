@@ -5,7 +5,6 @@ small table. In a script the figures go unseen: there write fig.write_html("fig.
 with the packages kaleido and a Chrome at hand.
 """
 # %% Load a crosscoder, its models and its held-out text
-import importlib.util
 import math
 import tempfile
 from functools import partial
@@ -250,26 +249,30 @@ if path.exists():
 
 # %% Beside sparse autoencoders of single layers, if sae_lens is installed: L0 against CE delta, a layer a panel
 # Give a release and its names for the layers of your model; those of GPT-2 Small are the default.
-release, sae_id = "gpt2-small-res-jb", "blocks.{layer}.hook_resid_pre"
-if importlib.util.find_spec("sae_lens") is None:
-    print("sae_lens is not installed: pip install sae-lens")
-elif cfg["model_name"] != "gpt2":
-    print(f"{release} is of gpt2, not of {cfg['model_name']}; give another release")
-else:
+release, sae_id = "gpt2-small-resid-post-v5-32k", "blocks.{layer}.hook_resid_post"
+try:
     from sae_lens import SAE
+except ImportError as error:
+    print(f"{error}: pip install sae-lens, in another environment, as it brings transformer_lens 3; all here runs on that")
+    SAE = None
+if SAE and cfg["model_name"] != "gpt2":
+    print(f"{release} is of gpt2, not of {cfg['model_name']}; give another release")
+elif SAE:
     metrics, batch = evaluate(crosscoder, models, held_out, cfg), held_out[:16].to(cfg["device"]).long()
     clean = get_ce(models[0], batch)
     fig_saes = make_subplots(cols=len(sources), subplot_titles=names)
     for column, (source, name) in enumerate(zip(sources, names), start=1):
-        loaded = SAE.from_pretrained(release, sae_id.format(layer=source.layer + 1), device=cfg["device"])  # resid_pre
-        sae = loaded[0] if isinstance(loaded, tuple) else loaded
+        sae = SAE.from_pretrained(release, sae_id.format(layer=source.layer), device=cfg["device"])
         x = get_stacked_resids(models, batch, {**cfg, "layers": str(source.layer)})[:, :, 0].float()
         features = sae.encode(x)
-        points = {"crosscoder": (metrics["sparsity/l0"], metrics[f"ce/delta_{name}"]), "SAE": (
-            (features[:, 1:] > 0).sum(-1).float().mean().item(),
-            get_ce(models[0], batch, [(source.hook, sae.decode(features))]) - clean)}
-        for label, (l0, delta) in points.items():
-            fig_saes.add_scatter(x=[l0], y=[delta], name=label, mode="markers", row=1, col=column)
+        l0, x_hat = (features[:, 1:] > 0).sum(-1).float().mean().item(), sae.decode(features)
+        points = {"crosscoder": (metrics["sparsity/l0"], metrics[f"ce/delta_{name}"]),
+                  "SAE": (l0, get_ce(models[0], batch, [(source.hook, x_hat)]) - clean)}
+        for label, colour in (("crosscoder", "#3b528b"), ("SAE", "#21918c")):
+            fig_saes.add_scatter(x=points[label][:1], y=points[label][1:], name=label, mode="markers", row=1, col=column,
+                                 marker={"color": colour, "size": 12}, showlegend=column == 1)
+    fig_saes.update_xaxes(title="L0", rangemode="tozero").update_yaxes(rangemode="tozero")
+    fig_saes.update_layout(title="Rise of cross-entropy (nats) against L0", template="plotly_white", height=400)
     fig_saes.show()
 
 # %% Model diffing: the cells from here on need a crosscoder of two models

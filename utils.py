@@ -830,7 +830,8 @@ def push_to_hub(path: str | Path, repo_id: str, private: bool = False) -> str:
     folder, files = read_checkpoint("path", Path(path), RESUME[:2])
     cfg, (n_layers, d_model, dict_size) = files["cfg.json"], files["crosscoder.safetensors"]["W_enc"].shape
     names, log = source_names(cfg, n_layers), folder.parent / "metrics.jsonl"
-    rows = map(json.loads, log.read_text().splitlines() if log.exists() else ())
+    lines = log.read_text().splitlines() if log.exists() else ()
+    rows = (json.loads(line) for line in lines if line.endswith("}"))  # the last may be cut off
     metrics = [row for row in rows if "ce/clean" in row and folder.name == f"step_{row['step']:07d}"][-1:]
     card = (
         "---", "tags: [crosscoder, sparse-autoencoder, interpretability]", "---", f"# {repo_id}",
@@ -1034,18 +1035,20 @@ def evaluate(crosscoder: CrossCoder, models: list, tokens: Int[Tensor, "n_seqs s
     if len(models) == 2:
         norms, cosines = (each.cpu()[stats["freqs"] > 0] for each in get_relative_norms(crosscoder))
         shared = (0.3 < norms) & (norms < 0.7)
-        metrics |= {"diff/shared": shared.sum().item(), "diff/cosine": cosines[shared].mean().item(),
+        metrics |= {"diff/shared": shared.sum().item(),
+                    "diff/cosine": cosines[shared].sum().item() / max(1, shared.sum().item()),
                     "diff/only_0": (norms < 0.05).sum().item(), "diff/only_1": (norms > 0.95).sum().item()}
     for batch in tokens.split(cfg["model_batch_size"]):
         batch = batch.to(cfg["device"]).long()
         x = get_stacked_resids(models, batch, cfg)
         x_hat = torch.cat([crosscoder(rows).to(x) for rows in x.flatten(0, 1).split(cfg["batch_size"])])
+        x_hat, ignored = x_hat.view_as(x), ~is_used(batch, cfg)  # these keep their own
         clean = [get_ce(model, batch) for model in models]
         ces = {"ce/clean": np.mean(clean)}
-        for kind, new in (("delta", x_hat.view_as(x)), ("ablated", stats["mean"].to(x).expand_as(x))):
-            new = torch.where(is_used(batch, cfg)[..., None, None], new, x)
+        for kind, new in (("delta", x_hat), ("ablated", stats["mean"].to(x))):
+            x_hat.copy_(new)[ignored] = x[ignored]
             splices: list[list] = [[] for _ in models]
-            for (m, _, hook), name, act in zip(sources, names, new.unbind(2)):
+            for (m, _, hook), name, act in zip(sources, names, x_hat.unbind(2)):
                 ces[f"ce/{kind}_{name}"] = get_ce(models[m], batch, [(hook, act)]) - clean[m]
                 splices[m].append((hook, act))
             together = [get_ce(model, batch, splice) for model, splice in zip(models, splices)]

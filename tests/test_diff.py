@@ -181,6 +181,9 @@ def test_relative_norms_cosines_and_counts_by_hand(two):
     cfg = {**crosscoder.cfg, "model_batch_size": 2}
     metrics = evaluate(crosscoder, two, load_tokens(cfg, two[0].tokenizer)[:2], cfg)
     assert [metrics[f"diff/{key}"] for key in ("shared", "only_0", "only_1", "cosine")] == [2, 1, 1, 0]
+    crosscoder.W_dec.data[:, 1] = 0
+    metrics = evaluate(crosscoder, two, load_tokens(cfg, two[0].tokenizer)[:2], cfg)
+    assert [metrics[f"diff/{key}"] for key in ("shared", "only_0", "cosine")] == [0, 4, 0]
 
 
 def test_latent_scaling_equals_the_formula_token_by_token():
