@@ -30,8 +30,8 @@ import torch
 
 import utils
 from utils import (
-    CrossCoder, Trainer, default_cfg, get_stacked_resids, list_checkpoints, load_models, load_tokens, make_cfg,
-    source_names)
+    CrossCoder, Trainer, default_cfg, get_stacked_resids, list_checkpoints, load_models, load_tokens,
+    make_cfg, source_names)
 
 
 class Parser(argparse.ArgumentParser):
@@ -218,7 +218,7 @@ def newest(trainer: Trainer | None) -> Path | None:
 
 
 def main(argv: list[str]) -> int:
-    """One run. -> exit code: 0; 1 where numbers or disk broke down; 2: a user's mistake; 130, 143: a signal"""
+    """One run. -> exit code: 0; 1 where numbers or disk broke down; 2 a user's mistake; 130, 143 a signal"""
     start, trainer = time.time(), None
     try:
         cfg = make_cfg(**parse_overrides(argv))

@@ -129,7 +129,9 @@ REMEDIES = {  # by what the error is called or says
     "GatedRepo|a gated dataset": "accept its licence on its page and log in (hf auth login)",
     "RevisionNotFound": "no such revision",
     "RepositoryNotFound|t exist on the Hub":
-        "no such name; check it, or log in for what is private (hf auth login)"}
+        "no such name; check it, or log in for what is private (hf auth login)",
+    r"KeyError\('conversation'\)": "its rows have no column text, messages or conversation",
+    "chat_template": "conversations, and none of the models has a chat template; give a column text"}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 MOST_SKIPPED = 10  # steps in a row before a run stops
 CHOICES = {"preset": tuple(PRESETS), "activation": tuple(RECIPES), "enc_dtype": ("auto", *DTYPES),
@@ -206,7 +208,7 @@ def _convert(key: str, value):
         number = kind(float(text))
         if number == float(text) and LEAST.get(key, 1e-300) <= number < below:
             return number
-    least = f"of at least {LEAST[key]}" if key in LEAST else f"above 0 and below {below}"
+    least = f"of at least {LEAST[key]}" if key in LEAST else "above 0" + " and below 1" * (below == 1)
     raise bad(key, value, f"give a {'whole ' * (kind is int)}number {least}, such as {default_cfg[key]}")
 
 
@@ -239,7 +241,7 @@ def _fill_and_check(cfg: dict) -> None:
     n_models = len(cfg["model_name"].split(","))
     for key in ("n_shared", "n_exclusive"):
         if cfg[key] and (n_models == 1 or cfg["n_shared"] + n_models * cfg["n_exclusive"] > cfg["dict_size"]):
-            raise bad(key, cfg[key], f"of several models, within dict_size={cfg['dict_size']}")
+            raise bad(key, cfg[key], f"takes several models, and room in dict_size={cfg['dict_size']}")
     if cfg["num_tokens"] < cfg["batch_size"]:
         raise bad("num_tokens", cfg["num_tokens"], f"less than one batch_size={cfg['batch_size']}")
     for key, value in (("model_name", "gpt2"), ("site", "resid_post"), ("center", True)):
@@ -345,8 +347,8 @@ def load_tokens(cfg: dict, tokenizer) -> Int[Tensor, "n_seqs seq_len"]:
     if len({tokens.dtype for tokens in loaded}) > 1:
         loaded = [tokens.int() for tokens in loaded]
     rows = [int(share * min(len(t) / s for t, s in zip(loaded, shares))) for share in shares]
-    order = np.argsort(np.concatenate([(np.arange(n) + 0.5) / s for n, s in zip(rows, shares)]), kind="stable")
-    return torch.cat([tokens[:n] for tokens, n in zip(loaded, rows)])[order]
+    turns = np.concatenate([(np.arange(n) + 0.5) / share for n, share in zip(rows, shares)])
+    return torch.cat([tokens[:n] for tokens, n in zip(loaded, rows)])[np.argsort(turns, kind="stable")]
 
 
 def _load_tokens(cfg: dict, tokenizer, share: float = 1.0) -> Int[Tensor, "n_seqs seq_len"]:
@@ -390,9 +392,7 @@ def _tokenise(cfg: dict, tokenizer, share: float) -> Int[Tensor, "n_seqs seq_len
     def get_text(row: dict) -> str:
         if "text" in row:
             return row["text"] or ""
-        if not (chat := row.get("messages") or row.get("conversation")):
-            raise ValueError(f"no text, messages or conversation among its columns {', '.join(row)}")
-        chat = tokenizer.apply_chat_template(chat, tokenize=False)
+        chat = tokenizer.apply_chat_template(row.get("messages") or row["conversation"], tokenize=False)
         return chat.removeprefix(tokenizer.bos_token or "")
 
     try:
@@ -742,7 +742,7 @@ class CrossCoder(nn.Module):
     def calibrate(self, x: Float[Tensor, "rows n_layers d_model"]) -> None:
         """Starts from raw activations. But for relu b_dec makes the mean error 0, pre-activations have mean
         0, jumprelu's exceed the threshold on a tenth, and the encoder's scale is the best: FVU < 1."""
-        used = torch.arange(x.shape[2], device=x.device) < get_widths(x)[:, None]  # the rest keeps weights of 0
+        used = torch.arange(x.shape[2], device=x.device) < get_widths(x)[:, None]  # what is not stays 0
         if self.cfg["n_shared"] and not used.all():
             raise bad("n_shared", self.cfg["n_shared"], "these models differ in width; give 0")
         self.W_dec *= used

@@ -130,8 +130,8 @@ def test_shared_latents_pay_their_share_of_the_penalty(activation):
 
 
 def test_what_does_not_go_together_is_refused():
-    for overrides, said in ((dict(preset="tiny", n_shared=5), "^n_shared=5: of several models"),
-                            (dict(preset="tiny", n_exclusive=5), "^n_exclusive=5: of several models"),
+    for overrides, said in ((dict(preset="tiny", n_shared=5), "^n_shared=5: takes several models"),
+                            (dict(preset="tiny", n_exclusive=5), "^n_exclusive=5: takes several models"),
                             (dict(preset="diff-tiny", n_shared=2000, n_exclusive=25), "dict_size=2048"),
                             (dict(preset="diff-tiny", shared_penalty=0.2), "^shared_penalty=0.2: activation=batchtopk does not")):
         with pytest.raises(ValueError, match=said):

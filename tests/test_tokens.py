@@ -109,7 +109,10 @@ def test_text_that_cannot_be_used_is_refused_and_leaves_nothing(tmp_path, tokeni
     (tmp_path / "short" / "a.txt").write_text("Jesus wept.")
     (tmp_path / "keyless").mkdir()
     (tmp_path / "keyless" / "a.jsonl").write_text('{"body": "Jesus wept."}\n')
-    for dataset, said in (("empty", "any data files"), ("short", "less text"), ("keyless", "no text, messages or conversation among its columns body"), ("no/where", "preset=tiny")):
+    (tmp_path / "chat").mkdir()
+    (tmp_path / "chat" / "a.jsonl").write_text('{"messages": [{"role": "user", "content": "Jesus wept."}]}\n')
+    for dataset, said in (("empty", "any data files"), ("short", "less text"), ("keyless", "no column text, messages"),
+                          ("chat", "none of the models has a chat template"), ("no/where", "preset=tiny")):
         with pytest.raises(ValueError, match=said) as error:
             path = dataset if dataset == "no/where" else str(tmp_path / dataset)
             load_tokens(cfg_for(tokens="", dataset=path), tokenizer)
