@@ -1,7 +1,8 @@
 """Sparse crosscoders: dictionaries whose latents read from and write to several places of language models.
 
-In reading order: config, files, tokens, activations, crosscoder, buffer, evaluation, trainer. The n_layers
-axis is a list of sources, each one (model, hook point): all layers of GPT-2 Small, a layer of base and chat.
+In reading order: config, files, tokens, activations, crosscoder, buffer, evaluation, trainer, sharing. The
+n_layers axis is a list of sources, each one (model, hook point): all layers of GPT-2 Small, a layer of base
+and chat.
 
 [O24] Anthropic, Sparse Crosscoders for Cross-Layer Features and Model Diffing, October 2024.
 [A24] Anthropic, Circuits Updates, April 2024: how dictionaries are initialised and trained.
@@ -824,37 +825,6 @@ class CrossCoder(nn.Module):
         return cls.load(path, device)
 
 
-def push_to_hub(path: str | Path, repo_id: str, private: bool = False) -> str:
-    """Puts a checkpoint, or the newest in a run's folder, on the hub, without what only resuming needs, with
-    a model card of its cfg and last evaluation. -> its address. Raises ValueError where it cannot."""
-    folder, files = read_checkpoint("path", Path(path), RESUME[:2])
-    cfg, (n_layers, d_model, dict_size) = files["cfg.json"], files["crosscoder.safetensors"]["W_enc"].shape
-    names, log = source_names(cfg, n_layers), folder.parent / "metrics.jsonl"
-    lines = log.read_text().splitlines() if log.exists() else ()
-    rows = (json.loads(line) for line in lines if line.endswith("}"))  # the last may be cut off
-    metrics = [row for row in rows if "ce/clean" in row and folder.name == f"step_{row['step']:07d}"][-1:]
-    card = (
-        "---", "tags: [crosscoder, sparse-autoencoder, interpretability]", "---", f"# {repo_id}",
-        f"A sparse crosscoder: {dict_size:,} latents ({cfg['activation']}), {n_layers} sources of width "
-        f"{d_model}: {', '.join(names)} of {cfg['model_name']}.", "", "```python",
-        "from utils import CrossCoder", f'crosscoder = CrossCoder.from_hub("{repo_id}")',
-        "acts = crosscoder.encode(x)  # x [..., n_layers, d_model], raw activations", "```", "",
-        "| source | FVU | CE delta, nats |", "|---|---|---|",
-        *(f"| {each} | {row[f'fvu/{each}']:.4f} | {row[f'ce/delta_{each}']:+.4f} |"
-          for row in metrics for each in (*names, "all")), "",
-        *(f"L0 {row['sparsity/l0']:.1f}, dead latents {row['sparsity/dead']:.1%}; on held-out text."
-          for row in metrics), "", *(f"- {key}: {cfg[key]}" for key in cfg if key not in MAY_CHANGE[:10]))
-    try:
-        huggingface_hub.create_repo(repo_id, private=private, exist_ok=True)
-        with tempfile.TemporaryDirectory() as upload:
-            for name in (*RESUME[:2], "manifest.json"):
-                shutil.copy(folder / name, upload)
-            Path(upload, "README.md").write_text("\n".join(card) + "\n")
-            return str(huggingface_hub.upload_folder(repo_id=repo_id, folder_path=upload))
-    except Exception as error:
-        raise bad("repo_id", repo_id, explain(error)) from None
-
-
 # ---- Buffer ----------------------------------------------------------------------------------------------
 class Buffer:
     """The shuffled activation buffer: runs the models over all_tokens and serves activations in random order.
@@ -1245,3 +1215,35 @@ class Trainer:
             bar.close()
             self._wandb("finish")
             self.lock.release(force=True)
+
+
+# ---- Sharing ---------------------------------------------------------------------------------------------
+def push_to_hub(path: str | Path, repo_id: str, private: bool = False) -> str:
+    """Puts a checkpoint, or the newest in a run's folder, on the hub, without what only resuming needs, with
+    a model card of its cfg and last evaluation. -> its address. Raises ValueError where it cannot."""
+    folder, files = read_checkpoint("path", Path(path), RESUME[:2])
+    cfg, (n_layers, d_model, dict_size) = files["cfg.json"], files["crosscoder.safetensors"]["W_enc"].shape
+    names, log = source_names(cfg, n_layers), folder.parent / "metrics.jsonl"
+    lines = log.read_text().splitlines() if log.exists() else ()
+    rows = (json.loads(line) for line in lines if line.endswith("}"))  # the last may be cut off
+    metrics = [row for row in rows if "ce/clean" in row and folder.name == f"step_{row['step']:07d}"][-1:]
+    card = (
+        "---", "tags: [crosscoder, sparse-autoencoder, interpretability]", "---", f"# {repo_id}",
+        f"A sparse crosscoder: {dict_size:,} latents ({cfg['activation']}), {n_layers} sources of width "
+        f"{d_model}: {', '.join(names)} of {cfg['model_name']}.", "", "```python",
+        "from utils import CrossCoder", f'crosscoder = CrossCoder.from_hub("{repo_id}")',
+        "acts = crosscoder.encode(x)  # x [..., n_layers, d_model], raw activations", "```", "",
+        "| source | FVU | CE delta, nats |", "|---|---|---|",
+        *(f"| {each} | {row[f'fvu/{each}']:.4f} | {row[f'ce/delta_{each}']:+.4f} |"
+          for row in metrics for each in (*names, "all")), "",
+        *(f"L0 {row['sparsity/l0']:.1f}, dead latents {row['sparsity/dead']:.1%}; on held-out text."
+          for row in metrics), "", *(f"- {key}: {cfg[key]}" for key in cfg if key not in MAY_CHANGE[:10]))
+    try:
+        huggingface_hub.create_repo(repo_id, private=private, exist_ok=True)
+        with tempfile.TemporaryDirectory() as upload:
+            for name in (*RESUME[:2], "manifest.json"):
+                shutil.copy(folder / name, upload)
+            Path(upload, "README.md").write_text("\n".join(card) + "\n")
+            return str(huggingface_hub.upload_folder(repo_id=repo_id, folder_path=upload))
+    except Exception as error:
+        raise bad("repo_id", repo_id, explain(error)) from None
