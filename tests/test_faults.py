@@ -409,7 +409,7 @@ class Wandb(BaseHTTPRequestHandler):
     def do_POST(self):
         query = self.rfile.read(int(self.headers["Content-Length"])).decode()
         if self.hangs:
-            time.sleep(300)
+            threading.Event().wait()  # for ever: what it would write later nobody reads
         data = {"model": None, "viewer": {"id": "u", "entity": "me", "username": "me", "flags": "{}", "teams": {"edges": []}},
                 "serverInfo": {"cliVersionInfo": {"max_cli_version": "9.9.9"}, "features": []}}
         if "upsertBucket" in query:
