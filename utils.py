@@ -374,6 +374,13 @@ def _load_tokens(cfg: dict, tokenizer, share: float = 1.0) -> Int[Tensor, "n_seq
     return tokens
 
 
+def _get_text(row: dict, tokenizer) -> str:
+    if "text" in row:
+        return row["text"] or ""
+    chat = tokenizer.apply_chat_template(row.get("messages") or row["conversation"], tokenize=False)
+    return chat.removeprefix(tokenizer.bos_token or "")
+
+
 def _tokenise(cfg: dict, tokenizer, share: float) -> Int[Tensor, "n_seqs seq_len"]:
     """A dataset's share of what the run needs. Rows are added to a cache, which goes on where an earlier run,
     cut off or with fewer tokens, left it. A row is BOS and then a piece of the documents laid end to end, EOS
@@ -389,13 +396,6 @@ def _tokenise(cfg: dict, tokenizer, share: float) -> Int[Tensor, "n_seqs seq_len
     identity = datasets.fingerprint.Hasher.hash([name, revision, files, cfg["seq_len"], bos, eos, spelling])
     cache = Path(HF_HOME, "crosscoder_tokens", identity)
     dtype = np.dtype("uint16" if len(tokenizer) <= 2**16 else "int32")
-
-    def get_text(row: dict) -> str:
-        if "text" in row:
-            return row["text"] or ""
-        chat = tokenizer.apply_chat_template(row.get("messages") or row["conversation"], tokenize=False)
-        return chat.removeprefix(tokenizer.bos_token or "")
-
     try:
         cache.mkdir(parents=True, exist_ok=True)
         with filelock.FileLock(cache / ".lock"), open(cache / "rows.bin", "ab") as file:
@@ -407,13 +407,12 @@ def _tokenise(cfg: dict, tokenizer, share: float) -> Int[Tensor, "n_seqs seq_len
                 stream = datasets.load_dataset(
                     name, revision=revision or None, split="train", streaming=True, **whole_files)
                 stream.load_state_dict(done["dataset"] or stream.state_dict())
-                texts = map(get_text, stream)
+                texts = (_get_text(row, tokenizer) for row in stream)
             with tqdm.tqdm(desc="tokenising", total=n_seqs, initial=done["rows"], unit="tok",
                            unit_scale=cfg["seq_len"], disable=finished) as bar:
                 while done["rows"] < n_seqs and not done["ended"]:
                     batch = list(itertools.islice(texts, 1024))
-                    batch.append("")  # as it takes no empty list
-                    ids = tokenizer(batch, add_special_tokens=False, verbose=False)["input_ids"][:-1]
+                    ids = batch and tokenizer(batch, add_special_tokens=False, verbose=False)["input_ids"]
                     rest = [np.array(done["rest"], dtype), *(np.array([*i, eos], dtype) for i in ids)]
                     rest = np.concatenate(rest)
                     rows = rest[: len(rest) // width * width].reshape(-1, width)
