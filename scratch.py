@@ -1,431 +1,480 @@
-"""Cells to copy into a notebook: looking at a trained crosscoder. Also runs from top to bottom: python scratch.py
+"""Cells to copy into a notebook: looking at a trained crosscoder. Also runs from top to bottom.
 
-Every cell needs only the first one, those on model diffing also the one on latent scaling, and ends in a figure or a
-small table. In a script the figures go unseen: there write fig.write_html("fig.html"), or fig.write_image("fig.png")
-with the packages kaleido and a Chrome at hand.
+Every cell needs only the first, those on model diffing also the one on latent scaling, and ends in a
+figure or a small table. In a script figures go unseen: there write fig.write_html("fig.html").
 """
 # %% Load a crosscoder, its models and its held-out text
+import json
 import math
 import tempfile
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import einops
+import huggingface_hub
 import numpy as np
 import plotly.express as px
-import plotly.graph_objects as go
 import safetensors.torch
 import torch
+import torch.nn.functional as F
 import tqdm
+from jaxtyping import Float, Int
 from plotly.subplots import make_subplots
+from torch import Tensor
 
+from train import (
+    MAY_CHANGE, PRESETS, USED_BY, explain, get_tokenizer, load_models, load_tokens, make_cfg)
 from utils import (
-    PUBLISHED_NORMS, CrossCoder, Trainer, evaluate, get_ce, get_relative_norms, get_sources, get_stacked_resids,
-    get_stats, iter_rows, load_models, load_tokens, make_cfg, source_names)
+    CrossCoder, Trainer, bad, evaluate, find_checkpoint, get_ce, get_sources, get_stacked_resids,
+    get_stats, iter_rows, list_checkpoints, source_names)
 
 torch.set_grad_enabled(False)
-CHECKPOINTS = sorted(Path("checkpoints").glob("version_*/step_*"), key=lambda path: path.stat().st_mtime)
-assert CHECKPOINTS, "no checkpoint here yet: python train.py --preset=tiny makes one in a minute"
-crosscoder = CrossCoder.load(CHECKPOINTS[-1])
-here = {"device": "auto", "buffer_device": "auto", "enc_dtype": "auto"}  # not the machine it was trained on
-cfg = make_cfg(**{**crosscoder.cfg, **here})
+np.set_printoptions(precision=4, suppress=True)
+saved = list(Path("checkpoints").glob("version_*/step_*"))
+if not saved:
+    raise ValueError("checkpoints: none are here; python train.py --preset=tiny makes one")
+path = max(saved, key=lambda folder: folder.stat().st_mtime)
+crosscoder = CrossCoder.load(path)
+# This machine may be another than the one it was trained on.
+cfg = make_cfg(**crosscoder.cfg | {"device": "auto", "buffer_device": "auto", "enc_dtype": "auto"})
 crosscoder.to(cfg["device"])
 models = load_models(cfg)
-tokenizer = models[0].tokenizer
+tokenizer = get_tokenizer(models)
 held_out = load_tokens(cfg, tokenizer)[-cfg["eval_seqs"] :]
 sources = get_sources(models, cfg)
 names = source_names(cfg, len(sources))
+batch = held_out[:16].to(cfg["device"]).long()
+x = get_stacked_resids(models, batch, cfg).float()  # [seq, pos, n_layers, d_model]
+stats = get_stats(crosscoder, models, held_out, cfg)
+freqs = stats["freqs"]
 dec_norms = crosscoder.W_dec.norm(dim=-1).cpu()  # [d_sae, n_layers]
-print(f"{CHECKPOINTS[-1]}: {len(dec_norms):,} latents, {len(names)} sources of width {crosscoder.b_dec.shape[1]}")
+shares = dec_norms / dec_norms.amax(1, keepdim=True)  # 1 at the source that a latent writes most to
+
+def get_acts(latents: Int[Tensor, "latent"]) -> Float[Tensor, "seq pos latent"]:
+    """The activations of latents on the held-out text; 0 at position 0, which is not trained on."""
+    acts = []
+    for tokens in held_out.split(4):
+        resids = get_stacked_resids(models, tokens, cfg)
+        acts.append(crosscoder.encode(resids)[..., latents])
+    acts = torch.cat(acts).float().cpu()
+    acts[:, 0] = 0
+    return acts
+
+def get_top(acts: Float[Tensor, "seq pos"], n: int) -> list[tuple[float, str, str, str]]:
+    """The n largest activations, each with the text before its token, the token, the text after it."""
+    top = []
+    for index in acts.flatten().topk(min(n, acts.count_nonzero())).indices.tolist():
+        seq, pos = divmod(index, acts.shape[1])
+        tokens = held_out[seq].long()
+        parts = [tokens[max(1, pos - 12) : pos], tokens[pos], tokens[pos + 1 : pos + 7]]
+        texts = [tokenizer.decode(part).replace("\n", " ") for part in parts]
+        top.append((acts[seq, pos].item(), *texts))
+    return top
+
+print(path, names)
 
 # %% Norms per source: how large the activations are, and what they are divided by
-x = get_stacked_resids(models, held_out[:16], cfg)[:, 1:].flatten(0, 1).float()  # [rows, n_layers, d_model]
-fig_norms = px.bar(
-    x=names, y=x.norm(dim=-1).mean(0).cpu(), labels={"x": "source", "y": "mean norm, position 0 left out"},
-    title="Activation norm per source").add_scatter(
-    x=names, y=crosscoder.norm_factor.cpu() * math.sqrt(x.shape[-1]), name="norm_factor x sqrt(d_model)")
+sizes = x[:, 1:].norm(dim=-1).mean((0, 1)).cpu()
+factors = crosscoder.norm_factor.cpu().numpy() * math.sqrt(x.shape[3])
+fig_norms = px.bar(x=names, y=sizes, title="Mean activation norm per source, position 0 left out")
+fig_norms.add_scatter(x=names, y=factors, name="norm_factor x sqrt(d_model)")
 fig_norms
 
-# %% FVU per source
-stats = get_stats(crosscoder, models, held_out, cfg)
-fig_fvu = px.bar(x=names, y=stats["fvu"], labels={"x": "source", "y": "FVU"},
-                 title=f"FVU per source, {stats['fvu_all']:.3f} over all")
-fig_fvu
-
-# %% Cross-entropy per source: what the reconstruction costs, beside what the mean costs
-# Each source by itself. An acausal reconstruction has seen later layers, which can flatter it.
-metrics = evaluate(crosscoder, models, held_out, cfg)
-fig_ce = make_subplots(cols=2, subplot_titles=("reconstruction", "mean-ablated"))
-for column, kind in enumerate(("delta", "ablated"), start=1):
-    fig_ce.add_bar(x=names, y=[metrics[f"ce/{kind}_{name}"] for name in names], name=kind, row=1, col=column)
-fig_ce.update_layout(title=f"Rise of cross-entropy in nats, clean {metrics['ce/clean']:.3f}", showlegend=False)
-fig_ce
-
 # %% L0 and how often each latent fires
-stats = get_stats(crosscoder, models, held_out, cfg)
-alive = stats["freqs"] > 0
 fig_freqs = px.histogram(
-    x=np.log10(stats["freqs"][alive].numpy()), nbins=60, labels={"x": "log10 of the share of tokens it is active on"},
-    title=f"L0 {stats['l0']:.1f}; of {len(alive):,} latents {(~alive).sum()} never fire on "
-          f"{held_out.numel():,} tokens, {(stats['freqs'] > 0.1).sum()} on more than a tenth")
+    x=freqs[freqs > 0].log10(), labels={"x": "log10 of the share of tokens"},
+    title=f"L0 {stats['l0']:.1f}; of {len(freqs):,} latents {(freqs == 0).sum()} are never active here, "
+          f"{(freqs > 0.1).sum()} on more than a tenth of the tokens")
 fig_freqs
 
-# %% Decoder norm of the latents over the sources
-# Each row is a latent, scaled to its largest source, sorted by where its norms have their centre.
-shape = dec_norms / dec_norms.max(dim=1, keepdim=True).values  # [d_sae, n_layers]
-centre = (shape * torch.arange(len(names))).sum(1) / shape.sum(1)
-fig_heat = px.imshow(
-    shape[centre.argsort()][:: max(1, len(shape) // 1000)], x=names, aspect="auto", color_continuous_scale="Viridis",
-    labels={"x": "source", "y": "latents, sorted", "color": "norm / largest"}, title="Decoder norm per source")
-fig_heat
-
 # %% How many sources each latent spans: those with at least a tenth of its largest norm
-spans = (dec_norms >= 0.1 * dec_norms.max(dim=1, keepdim=True).values).sum(1)
-fig_spans = px.histogram(x=spans, labels={"x": "sources spanned", "y": "latents"},
-                         title=f"A latent spans {spans.float().mean():.2f} of {len(names)} sources on average")
+spans = (shares >= 0.1).sum(1)
+fig_spans = px.histogram(x=spans, title=f"A latent spans {spans.float().mean():.2f} sources on average")
 fig_spans
 
 # %% Decoder cosine between sources: does a latent keep its direction?
 # Weighted by the norms, so that a source where the latent is absent does not count.
-directions = torch.nn.functional.normalize(crosscoder.W_dec.cpu(), dim=-1)
-cosines = einops.einsum(directions, directions, "d_sae l d_model, d_sae k d_model -> d_sae l k")
-weights = einops.einsum(dec_norms, dec_norms, "d_sae l, d_sae k -> d_sae l k")
-fig_cosine = px.imshow((cosines * weights).sum(0) / weights.sum(0), x=names, y=names, zmin=-1, zmax=1, text_auto=".2f",
-                       color_continuous_scale="RdBu", title="Mean decoder cosine between sources")
+W_dec = crosscoder.W_dec.cpu()
+products = einops.einsum(W_dec, W_dec, "d_sae l d_model, d_sae k d_model -> l k")
+weights = einops.einsum(dec_norms, dec_norms, "d_sae l, d_sae k -> l k")
+fig_cosine = px.imshow(
+    products / weights, x=names, y=names, zmin=-1, zmax=1, text_auto=".2f",
+    color_continuous_scale="RdBu", title="Mean decoder cosine between sources")
 fig_cosine
 
+# %% The picture in the README: FVU, cross-entropy and decoder norms over the sources
+# CE rises with the reconstruction of one source, or its mean, in place of that source. An acausal
+# reconstruction has seen later layers, which can flatter it. On the right each row is a latent.
+metrics = evaluate(crosscoder, models, held_out, cfg)
+overview = make_subplots(
+    cols=4,
+    subplot_titles=["FVU", "CE rise (nats)", "CE rise, mean-ablated", "latents: decoder norm / largest"])
+for column, key in enumerate(["fvu/", "ce/delta_", "ce/ablated_"], start=1):
+    overview.add_bar(x=names, y=[metrics[key + name] for name in names], row=1, col=column)
+centres = shares @ torch.arange(0.0, len(names)) / shares.sum(1)
+overview.add_heatmap(x=names, z=shares[centres.argsort()].numpy(), colorscale="Viridis", row=1, col=4)
+overview.update_layout(
+    title=f"L0 {stats['l0']:.1f}, FVU {metrics['fvu/all']:.3f}, clean CE {metrics['ce/clean']:.2f} nats",
+    showlegend=False)
+overview
+
 # %% Compare two crosscoders at equal L0
-# The denser one keeps only its strongest latents, those with acts_i * sum_l ||W_dec_i^l|| above a threshold that
-# brings it to the L0 of the other. Here: the last two checkpoints; give any two of the same sources.
-pair = {str(path): CrossCoder.load(path, cfg["device"]) for path in CHECKPOINTS[-2:]}
-x = get_stacked_resids(models, held_out[:16], cfg)[:, 1:].flatten(0, 1).float()
-acts = {path: cc.encode(x).float() for path, cc in pair.items()}
-target = min((a > 0).sum().item() for a in acts.values())
-print(f"{'at L0 ' + format(target / len(x), '.1f'):<40} " + "  ".join(f"{name:>14}" for name in names))
-for path, cc in pair.items():
-    scores = acts[path] * cc.W_dec.norm(dim=-1).sum(-1)
-    threshold = scores.flatten().sort(descending=True).values[target - 1]
-    error = x - cc.decode(acts[path] * (scores >= threshold))
-    fvu = error.pow(2).sum((0, 2)) / (x - x.mean(0)).pow(2).sum((0, 2))
-    print(f"{path[-40:]:<40} " + "  ".join(f"{value:14.4f}" for value in fvu))
-first, second = (torch.nn.functional.normalize(cc.W_dec.flatten(1), dim=1) for cc in (list(pair.values()) * 2)[:2])
-closest = torch.cat([(some @ second.T).max(dim=1).values for some in first.split(1024)])
-print(f"latents of the first with one of cosine above 0.9 in the second: {(closest > 0.9).float().mean():.1%}")
+# Each keeps only its largest scores, as many as the sparser of the two has. Here: the run's last two
+# checkpoints; give any two of the same sources.
+pair = [CrossCoder.load(folder, cfg["device"]) for folder in list_checkpoints(path.parent)[-2:]]
+rows = x[:, 1:].flatten(0, 1)
+n_active = min(int((each.encode(rows) > 0).sum()) for each in pair)
+print(f"at L0 {n_active / len(rows):.1f}, FVU of {names}")
+directions = []
+for each in pair:
+    acts = each.encode(rows)
+    scores = acts * each.get_decoder_norms()
+    lowest = scores.flatten().topk(n_active).values[-1]
+    errors = (rows - each.decode(acts * (scores >= lowest))).pow(2)
+    fvu = errors.sum((0, 2)) / (rows - rows.mean(0)).pow(2).sum((0, 2))
+    print(fvu.cpu().numpy())
+    directions.append(F.normalize(each.W_dec.flatten(1), dim=1))
+closest = torch.cat([(part @ directions[-1].T).amax(1) for part in directions[0].split(1024)])
+print(f"{(closest > 0.9).float().mean():.1%} of the first's latents have a cosine above 0.9 in the last")
 
 # %% Where a latent fires most: the top tokens with their context
 # By default one that fires on about one token in 500. The token that it fires on is in [brackets].
-stats = get_stats(crosscoder, models, held_out, cfg)
-latent = int((stats["freqs"] - 0.002).abs().argmin())
-acts = torch.cat([crosscoder.encode(get_stacked_resids(models, rows, cfg).float())[..., latent].float().cpu()
-                  for rows in held_out.split(4)])  # [seq, pos]
-acts[:, 0] = 0  # position 0 was not trained on
-print(f"latent {latent}: active on {stats['freqs'][latent]:.2%} of the tokens; decoder norms "
-      + ", ".join(f"{name} {norm:.2f}" for name, norm in zip(names, dec_norms[latent])))
-for index in acts.flatten().argsort(descending=True)[:12].tolist():
-    seq, pos = divmod(index, acts.shape[1])
-    before, token, after = (tokenizer.decode(held_out[seq, part].long()).replace("\n", " ")
-                            for part in (slice(max(0, pos - 12), pos), slice(pos, pos + 1), slice(pos + 1, pos + 7)))
-    print(f"{acts[seq, pos]:7.2f}  {before[-60:]:>60}[{token}]{after}")
+latent = int((freqs - 0.002).abs().argmin())
+print(f"latent {latent}: active on {freqs[latent]:.2%} of the tokens; decoder norms of {names}:")
+print(dec_norms[latent].numpy())
+for act, before, token, after in get_top(get_acts([latent])[..., 0], 12):
+    print(f"{act:7.2f}  {before[-60:]:>60}[{token}]{after}")
 
 # %% Steer with a latent: add its decoder vector to one source while the model writes
-latent, source, strength = int(dec_norms.sum(1).argmax()), len(sources) // 2, 4.0
-model, hook = models[sources[source].model], sources[source].hook
-direction = torch.nn.functional.normalize(crosscoder.W_dec[latent, source], dim=0).to(cfg["device"])
-direction *= crosscoder.norm_factor[source] * math.sqrt(len(direction))  # now as long as a mean x
+i = len(sources) // 2
+source = sources[i]
+latent = int(dec_norms[:, i].argmax())
+direction = F.normalize(crosscoder.W_dec[latent, i], dim=0)
+direction *= crosscoder.norm_factor[i] * math.sqrt(len(direction))  # as long as a mean activation
 
-
-def steer(act, hook, strength):
+def steer(act, hook):
     act[:, 1:] += strength * direction.to(act)
     return act
 
-
 for strength in (0.0, 0.5, 1.0):
-    text = held_out[:1, :16].to(cfg["device"]).long()
+    text = batch[:1, :16]
     for _ in range(24):
-        logits = model.run_with_hooks(text, fwd_hooks=[(hook, partial(steer, strength=strength))])
-        text = torch.cat([text, logits[:, -1].argmax(-1, keepdim=True)], dim=1)
-    print(f"latent {latent} at {names[source]} x {strength}: {tokenizer.decode(text[0, 1:])!r}")
+        logits = models[source.model].run_with_hooks(text, fwd_hooks=[(source.hook, steer)])
+        text = torch.cat([text, logits[:, -1:].argmax(-1)], dim=1)
+    print(f"latent {latent} at {names[i]} x {strength}: {tokenizer.decode(text[0, 1:])!r}")
 
 # %% What one latent does: take its contribution out of every source and see the cross-entropy
-stats = get_stats(crosscoder, models, held_out, cfg)
-batch = held_out[:16].to(cfg["device"]).long()
-x = get_stacked_resids(models, batch, cfg).float()
 acts = crosscoder.encode(x).float()
+hooks = [source.hook for source in sources if source.model == 0]
 clean = get_ce(models[0], batch)
 print(f"clean cross-entropy {clean:.4f}; the latents that write most:")
-for latent in (acts.mean((0, 1)).cpu() * dec_norms.sum(1)).argsort(descending=True)[:8].tolist():
-    write = einops.einsum(acts[..., latent], crosscoder.W_dec[latent], "seq pos, l d_model -> seq pos l d_model")
-    without = x - write * crosscoder.norm_factor[:, None]
-    splices = [(source.hook, without[:, :, i]) for i, source in enumerate(sources) if source.model == 0]
-    print(f"latent {latent:6}: active on {stats['freqs'][latent]:6.1%}, without it "
-          f"{get_ce(models[0], batch, splices) - clean:+.4f}")
+sizes = acts[:, 1:].mean((0, 1)) * crosscoder.get_decoder_norms()
+for latent in sizes.topk(8).indices.tolist():
+    vectors = crosscoder.W_dec[latent] * crosscoder.norm_factor[:, None]
+    without = x - einops.einsum(acts[..., latent], vectors, "seq pos, l d_model -> seq pos l d_model")
+    rise = get_ce(models[0], batch, list(zip(hooks, without.unbind(2)))) - clean
+    print(f"latent {latent:6}: active on {freqs[latent]:6.1%}, without it {rise:+.4f}")
 
 # %% Export plain weights, the normalisation folded in
-weights = crosscoder.fold()
-safetensors.torch.save_file({name: w.cpu().contiguous() for name, w in weights.items()},
-                            CHECKPOINTS[-1] / "folded.safetensors")
-x = get_stacked_resids(models, held_out[:4], cfg)[:, 1:].flatten(0, 1).float()
-h = einops.einsum(x, weights["W_enc"], "row l d_model, l d_model d_sae -> row d_sae") + weights["b_enc"]
+@torch.no_grad()
+def fold(crosscoder: CrossCoder) -> dict[str, Tensor]:
+    """Plain weights for raw activations: h = x . W_enc + b_enc, acts = h * (h > thresholds), with topk only
+    the k largest h * decoder_norms of them, x_hat = acts . W_dec + b_dec."""
+    factor = crosscoder.norm_factor[:, None]  # [n_layers, 1]
+    return {
+        "W_enc": crosscoder.W_enc / factor[..., None],
+        "W_dec": crosscoder.W_dec * factor,
+        "b_enc": crosscoder.b_enc.clone(),
+        "b_dec": crosscoder.b_dec * factor,
+        "thresholds": crosscoder.get_thresholds(),
+        "decoder_norms": crosscoder.get_decoder_norms(),
+    }
+
+weights = fold(crosscoder)
+safetensors.torch.save_file(weights, path / "folded.safetensors")
+rows = x[:4, 1:].flatten(0, 1)
+h = einops.einsum(rows, weights["W_enc"], "row l d_model, l d_model d_sae -> row d_sae") + weights["b_enc"]
 acts = h * (h > weights["thresholds"])
 if crosscoder.activation == "topk":
     scores = acts * weights["decoder_norms"]
-    acts = acts * (scores >= scores.topk(cfg["k"]).values[:, -1:])
-x_hat = einops.einsum(acts, weights["W_dec"], "row d_sae, d_sae l d_model -> row l d_model") + weights["b_dec"]
-print(f"{CHECKPOINTS[-1] / 'folded.safetensors'}: the plain formula is within "
-      f"{(x_hat - crosscoder(x)).norm() / x_hat.norm():.1e} of the crosscoder, which computes in {cfg['enc_dtype']}")
+    acts *= scores >= scores.topk(cfg["k"]).values[:, -1:]
+x_hat = einops.einsum(acts, weights["W_dec"], "row d_sae, d_sae l d_model -> row l d_model")
+error = (x_hat + weights["b_dec"] - crosscoder(rows)).norm() / rows.norm()
+print(f"the plain formula is within {error:.1e} of the crosscoder in {crosscoder.cfg['enc_dtype']}")
 
-# %% The picture in the README: reconstruction, cost and span in one
-metrics = evaluate(crosscoder, models, held_out, cfg)
-shape = dec_norms / dec_norms.max(dim=1, keepdim=True).values
-centre = (shape * torch.arange(len(names))).sum(1) / shape.sum(1)
-labels = [str(source.layer) for source in sources] if len(models) == 1 else names
-overview = make_subplots(cols=3, column_widths=[0.28, 0.28, 0.44], subplot_titles=(
-    "FVU", "Rise of cross-entropy (nats)", "Decoder norm of each latent, relative to its largest"))
-for column, (key, colour) in enumerate((("fvu/", "#3b528b"), ("ce/delta_", "#21918c")), start=1):
-    overview.add_bar(x=labels, y=[metrics[key + name] for name in names], marker_color=colour, row=1, col=column)
-heat = go.Heatmap(z=shape[centre.argsort()], x=labels, colorscale="Viridis", colorbar_thickness=12)
-overview.add_trace(heat, row=1, col=3)
-overview.update_xaxes(title=f"layer ({cfg['site']})", type="category")
-overview.update_yaxes(title="latents, sorted by centre", row=1, col=3)
-overview.update_layout(
-    width=1200, height=400, showlegend=False, template="plotly_white",
-    title=f"{len(shape):,} latents over {len(names)} sources: L0 {metrics['sparsity/l0']:.1f}, "
-          f"FVU {metrics['fvu/all']:.3f}, clean cross-entropy {metrics['ce/clean']:.2f}")
-overview
+# %% Share it on the Hugging Face hub
+def make_card(folder: Path, repo_id: str) -> str:
+    """A model card: how to open the checkpoint, its last evaluation, its cfg."""
+    crosscoder = CrossCoder.load(folder)
+    cfg = make_cfg(**crosscoder.cfg | {"buffer_device": "cpu"})
+    d_sae, n_layers, d_model = crosscoder.W_dec.shape
+    names = source_names(cfg, n_layers)
+    card = f"""---
+tags: [crosscoder, sparse-autoencoder, interpretability]
+---
+# {repo_id}
+A sparse crosscoder: {d_sae:,} latents ({cfg["activation"]}), {n_layers} sources of width {d_model}:
+{", ".join(names)} of {", ".join(cfg["model_name"])}.
+```python
+from huggingface_hub import snapshot_download
+from utils import CrossCoder
+crosscoder = CrossCoder.load(snapshot_download("{repo_id}"))
+acts = crosscoder.encode(x)  # x [..., n_layers, d_model], raw activations
+```
+"""
+    log = folder.parent / "metrics.jsonl"
+    lines = log.read_text().splitlines() if log.exists() else []
+    whole = [json.loads(line) for line in lines if line.endswith("}")]  # the last may be cut off
+    evaluations = {f"step_{row['step']:07d}": row for row in whole if "ce/clean" in row}
+    if folder.name in evaluations:
+        row = evaluations[folder.name]
+        card += "\n| source, on held-out text | FVU | CE delta, nats |\n|---|---|---|\n"
+        for name in [*names, "all"]:
+            card += f"| {name} | {row[f'fvu/{name}']:.4f} | {row[f'ce/delta_{name}']:+.4f} |\n"
+        card += f"\nL0 {row['sparsity/l0']:.1f}, dead latents {row['sparsity/dead']:.1%}.\n\n"
+    hidden = set(MAY_CHANGE) - {"tokens", "dataset", "num_tokens"}  # what does not matter to others
+    hidden |= {key for key, activations in USED_BY.items() if cfg["activation"] not in activations}
+    return card + "".join(f"- {key}: {cfg[key]}\n" for key in cfg if key not in hidden)
+
+def push_to_hub(path: str | Path, repo_id: str, private: bool = False) -> str:
+    """Puts a checkpoint, or a run's newest, there, without what only resuming needs. -> its address"""
+    files = ["cfg.json", "crosscoder.safetensors", "manifest.json"]
+    folder = find_checkpoint("path", Path(path), files[:2])
+    card = make_card(folder, repo_id).encode()
+    try:
+        address = huggingface_hub.create_repo(repo_id, private=private, exist_ok=True)
+        huggingface_hub.upload_file(repo_id=repo_id, path_or_fileobj=card, path_in_repo="README.md")
+        huggingface_hub.upload_folder(repo_id=repo_id, folder_path=folder, allow_patterns=files)
+    except Exception as error:
+        raise bad("repo_id", repo_id, explain(error)) from None
+    return address
+
+def from_hub(repo_id: str, revision: str | None = None, device: str = "cpu") -> CrossCoder:
+    """CrossCoder.load of what push_to_hub has put there. ValueError where it cannot."""
+    try:
+        folder = huggingface_hub.snapshot_download(repo_id, revision=revision)
+    except Exception as error:
+        raise bad("repo_id", repo_id, explain(error)) from None
+    return CrossCoder.load(folder, device)
+
+# After hf auth login: push_to_hub(path, "you/your-crosscoder"), and then from_hub("you/your-crosscoder")
+print(make_card(path, "you/your-crosscoder"))
 
 # %% Open a published crosscoder or autoencoder of another code
-# norm_factor: what the activations of each source were divided by, [n_layers]; leave it out where it is folded into the
-# weights. That cannot always be told: for GPT-2 Small's it is, for others say torch.ones(n_layers).
+def convert_dictionary_learning(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """dictionary_learning's CrossCoder or BatchTopKCrossCoder with our names. Its threshold is of
+    activations times some norm of the decoder; here each latent has its own."""
+    for key in ("activation_mean", "activation_std"):
+        if key in weights and weights[key].isfinite().any():
+            raise ValueError(f"{key} is used for normalising, which cannot be converted")
+    W_dec = weights["decoder.weight"].transpose(0, 1)  # [d_sae, n_layers, d_model]
+    converted = {
+        "W_enc": weights["encoder.weight"],
+        "W_dec": W_dec,
+        "b_enc": weights["encoder.bias"],
+        "b_dec": weights["decoder.bias"],
+    }
+    if "threshold" in weights:
+        sums = W_dec.norm(dim=-1).sum(1)
+        whole = W_dec.flatten(1).norm(dim=1)
+        norms = {1: sums, 2: whole, 3: whole + 0.1 * sums, 4: torch.ones_like(sums)}
+        kind = int(weights.get("code_normalization_id", 1))
+        if kind not in norms:
+            raise ValueError(f"code_normalization_id={kind}: a threshold for each layer, not for all")
+        converted["log_threshold"] = (weights["threshold"].clamp(min=1e-30) / norms[kind]).log()
+    return converted
 
+def guess_norm_factor(weights: dict[str, Tensor]) -> list[float]:
+    """What GPT-2 Small's activations were divided by; none if that is folded into the weights, whose
+    ratio of decoder to encoder norms then grows as its square."""
+    published = PRESETS["gpt2-published"]["norm"]
+    if weights["W_enc"].shape[:2] != (12, 768):
+        raise ValueError("norm_factor: give what each source was divided by, or ones if folded in")
+    ratios = weights["W_dec"].norm(dim=(0, 2)) / weights["W_enc"].norm(dim=(1, 2))
+    slope = np.polyfit(np.log(published), ratios.log(), 1)[0]
+    if 0.5 < slope < 1.5:
+        raise ValueError(f"norm_factor: not to be told from the weights (slope {slope:.2f}); give it")
+    return published if slope < 1 else []
 
-def convert_checkpoint(path, norm_factor=None, **overrides):
+def convert_checkpoint(path: str | Path, norm_factor: list[float] = [], **overrides) -> CrossCoder:
     """A file of weights, read without running any code in it -> CrossCoder. It can be
-    - of GPT-2 Small's crosscoders or the Gemma 2 2B model diff (W_enc [n_layers, d_model, d_sae]): N.pt, cc_weights.pt
-    - of dictionary_learning's CrossCoder or BatchTopKCrossCoder (encoder.weight, with its code normalisation): model.pt
+    - of GPT-2 Small's crosscoders or the Gemma 2 2B diff (W_enc [n_layers, d_model, d_sae]): N.pt
+    - of dictionary_learning's CrossCoder or BatchTopKCrossCoder (encoder.weight): model.pt
     - of the one-layer autoencoders (W_enc [d_mlp, d_hidden], b_dec taken from the input)
-    overrides: make_cfg's, such as model_name, layers and site, which no such file tells."""
+    norm_factor: what each source was divided by, ones if that is folded in; overrides: make_cfg's."""
     weights = torch.load(path, map_location="cpu", weights_only=True)
     weights = {key.removeprefix("_orig_mod."): value.float() for key, value in weights.items()}
-    activation, thresholds = "relu", None
     if "encoder.weight" in weights:
-        W_enc, b_enc, b_dec = weights["encoder.weight"], weights["encoder.bias"], weights["decoder.bias"]
-        W_dec = weights["decoder.weight"].transpose(0, 1)  # [d_sae, n_layers, d_model]
-        for key in ("activation_mean", "activation_std"):
-            if key in weights and weights[key].isfinite().any():
-                raise ValueError(f"{path}: {key} is used for normalising, which cannot be converted")
-        if "threshold" in weights:
-            norms, whole = W_dec.norm(dim=-1).sum(1), W_dec.flatten(1).norm(dim=1)
-            kinds = {1: norms, 2: whole, 3: whole + 0.1 * norms, 4: torch.ones_like(norms)}
-            kind = int(weights.get("code_normalization_id", torch.tensor(1)))
-            if kind not in kinds:
-                raise ValueError(f"{path}: a threshold for each layer cannot be converted")
-            activation, thresholds = "jumprelu", weights["threshold"].clamp(min=1e-30) / kinds[kind]
+        weights = convert_dictionary_learning(weights)
     elif weights["W_enc"].ndim == 2:
-        W_enc, W_dec, b_dec = weights["W_enc"][None], weights["W_dec"][:, None], weights["b_dec"][None]
-        b_enc = weights["b_enc"] - weights["b_dec"] @ weights["W_enc"]
-    else:
-        W_enc, W_dec, b_enc, b_dec = (weights[key] for key in ("W_enc", "W_dec", "b_enc", "b_dec"))
-        if norm_factor is None:  # where it is folded in, decoder over encoder norms grow as its square
-            ratios = (W_dec.norm(dim=(0, 2)) / W_enc.norm(dim=(1, 2))).log()
-            if W_enc.shape[:2] != (12, 768):
-                raise ValueError("norm_factor: give what each source was divided by, or ones if that is folded in")
-            slope = np.polyfit(np.log(PUBLISHED_NORMS), ratios.numpy(), 1)[0]
-            if 0.5 < slope < 1.5:
-                raise ValueError(f"norm_factor: cannot be told from the weights (slope {slope:.2f} of 0 or 2); give it")
-            norm_factor = torch.tensor(PUBLISHED_NORMS) if slope < 1 else torch.ones(12)
-    n_layers, d_model, dict_size = W_enc.shape
-    cfg = make_cfg(**{"device": "cpu", "enc_dtype": "fp32", **overrides, "activation": activation, "dict_size": dict_size})
-    crosscoder = CrossCoder(cfg, n_layers, d_model)
-    crosscoder.load_state_dict({
-        **crosscoder.state_dict(), "W_enc": W_enc, "W_dec": W_dec, "b_enc": b_enc, "b_dec": b_dec,
-        **({} if thresholds is None else {"log_threshold": thresholds.log()}),
-        **({} if norm_factor is None else {"norm_factor": torch.as_tensor(norm_factor)})})
+        weights["b_enc"] -= weights["b_dec"] @ weights["W_enc"]
+        weights["W_enc"] = weights["W_enc"][None]
+        weights["W_dec"] = weights["W_dec"][:, None]
+    elif len(norm_factor) == 0:
+        norm_factor = guess_norm_factor(weights)
+    n_layers, d_model, d_sae = weights["W_enc"].shape
+    overrides = {"device": "cpu", "enc_dtype": "fp32"} | overrides
+    overrides["activation"] = "jumprelu" if "log_threshold" in weights else "relu"
+    overrides["norm"] = torch.as_tensor(norm_factor).tolist()
+    crosscoder = CrossCoder(make_cfg(**overrides | {"dict_size": d_sae}), n_layers, d_model)
+    for name, parameter in crosscoder.named_parameters():
+        parameter.data.copy_(weights[name])
     return crosscoder
 
-
-path = Path("published/0.pt")  # such as one of GPT-2 Small's
-if path.exists():
-    print(f"{path}: {convert_checkpoint(path, model_name='gpt2', center=True).W_dec.shape}")
-
-# %% Beside sparse autoencoders of single layers, if sae_lens is installed: L0 against CE delta, a layer a panel
-# Give a release and its names for the layers of your model; those of GPT-2 Small are the default.
-release, sae_id = "gpt2-small-resid-post-v5-32k", "blocks.{layer}.hook_resid_post"
-try:
-    from sae_lens import SAE
-except ImportError as error:
-    print(f"{error}: pip install sae-lens, in another environment, as it brings transformer_lens 3; all here runs on that")
-    SAE = None
-if SAE and cfg["model_name"] != "gpt2":
-    print(f"{release} is of gpt2, not of {cfg['model_name']}; give another release")
-elif SAE:
-    metrics, batch = evaluate(crosscoder, models, held_out, cfg), held_out[:16].to(cfg["device"]).long()
-    clean = get_ce(models[0], batch)
-    fig_saes = make_subplots(cols=len(sources), subplot_titles=names)
-    for column, (source, name) in enumerate(zip(sources, names), start=1):
-        sae = SAE.from_pretrained(release, sae_id.format(layer=source.layer), device=cfg["device"])
-        x = get_stacked_resids(models, batch, {**cfg, "layers": str(source.layer)})[:, :, 0].float()
-        features = sae.encode(x)
-        l0, x_hat = (features[:, 1:] > 0).sum(-1).float().mean().item(), sae.decode(features)
-        points = {"crosscoder": (metrics["sparsity/l0"], metrics[f"ce/delta_{name}"]),
-                  "SAE": (l0, get_ce(models[0], batch, [(source.hook, x_hat)]) - clean)}
-        for label, colour in (("crosscoder", "#3b528b"), ("SAE", "#21918c")):
-            fig_saes.add_scatter(x=points[label][:1], y=points[label][1:], name=label, mode="markers", row=1, col=column,
-                                 marker={"color": colour, "size": 12}, showlegend=column == 1)
-    fig_saes.update_xaxes(title="L0", rangemode="tozero").update_yaxes(rangemode="tozero")
-    fig_saes.update_layout(title="Rise of cross-entropy (nats) against L0", template="plotly_white", height=400)
-    fig_saes.show()
+# One of GPT-2 Small's: convert_checkpoint("0.pt", model_name="gpt2", center=True).save("published/0")
 
 # %% Model diffing: the cells from here on need a crosscoder of two models
 if len(models) != 2:
     print("for the cells from here on: python train.py --preset=diff-tiny")
-    raise SystemExit(0)
-
-# %% Model diff: which latents do both models have, and which only one?
-# Relative norm: 0 where only the first model has a decoder vector, 1 where only the second has. That alone proves
-# nothing: a penalty on norms makes latents look exclusive which are not.
-rel_norms, cosines = (each.cpu() for each in get_relative_norms(crosscoder))
-active = get_stats(crosscoder, models, held_out, cfg)["freqs"] > 0
-shared = active & (0.3 < rel_norms) & (rel_norms < 0.7)
-fig_diff = make_subplots(cols=2, subplot_titles=(
-    "relative decoder norm, active latents", "decoder cosine, shared latents"))
-fig_diff.add_histogram(x=rel_norms[active], xbins={"start": 0, "end": 1.02, "size": 0.02}, row=1, col=1)
-fig_diff.add_histogram(x=cosines[shared], xbins={"start": -1, "end": 1, "size": 0.05}, row=1, col=2)
-first, second = (Path(name).name for name in cfg["model_name"].split(","))
-fig_diff.update_xaxes(range=[0, 1.02], row=1, col=1)
-fig_diff.update_layout(
-    width=1000, height=360, showlegend=False, template="plotly_white",
-    title=f"{shared.sum()} shared, {(active & (rel_norms < 0.05)).sum()} only in {first}, "
-          f"{(active & (rel_norms > 0.95)).sum()} only in {second}")
-fig_diff
-
+    raise SystemExit
 
 # %% Model diff: latent scaling, to see which latents are truly exclusive
 # Minder et al., Overcoming Sparsity Artifacts in Crosscoders, April 2025, section 3.
-def get_latent_scaling(crosscoder, batches, own):
-    """How much of a latent the model that should not have it has after all, against its own model: for what the
-    reconstruction leaves of the other's activations, where much means that the penalty shrank the latent away
-    (nu_eps), and for the reconstruction itself, where much means that other latents stand in for it (nu_r).
-    batches: raw activations [rows, n_layers, d_model]; own: 0 or 1, the model whose latent it is -> two [d_sae]"""
-    W_dec = crosscoder.W_dec.unflatten(1, (2, -1)).flatten(2)  # [d_sae, model, n_layers / 2 * d_model]
-    with_error, with_x_hat, squares = torch.zeros_like(W_dec), torch.zeros_like(W_dec), 0
+@torch.no_grad()
+def get_relative_norms(crosscoder: CrossCoder) -> Float[Tensor, "2 d_sae"]:
+    """Of two models' decoder vectors d: ||d_B|| / (||d_A|| + ||d_B||) [O24], 0 for a latent that only
+    the first has, 1 for one that only the second has; and their cosine."""
+    d_A, d_B = crosscoder.W_dec.cpu().flatten(1).chunk(2, dim=1)
+    total = d_A.norm(dim=1) + d_B.norm(dim=1)
+    norms = d_B.norm(dim=1) / total.clamp(min=1e-30)
+    return torch.stack([norms, F.cosine_similarity(d_A, d_B)])
+
+def get_latent_scaling(
+    crosscoder: CrossCoder, batches, own: Int[Tensor, "d_sae"]
+) -> Float[Tensor, "2 d_sae"]:
+    """How much of a latent the other model has, against its own, 0 or 1. nu_eps: in what other latents
+    leave of the activations; much if the penalty shrank it away. nu_r: in the reconstruction; much if
+    others stand in for it. batches: raw activations [rows, n_layers, d_model] each."""
+    W_dec = crosscoder.W_dec.unflatten(1, (2, -1)).flatten(2)  # [d_sae, model, d]
+    sums = squares = 0
     for x in batches:
-        acts = crosscoder.encode(x.float()).float()
-        x_hat = crosscoder.decode(acts) / crosscoder.norm_factor[:, None]
-        error = x.float() / crosscoder.norm_factor[:, None] - x_hat
-        error, x_hat = (each.unflatten(1, (2, -1)).flatten(2) for each in (error, x_hat))
-        with_error += einops.einsum(acts, error, "row d_sae, row model d -> d_sae model d")
-        with_x_hat += einops.einsum(acts, x_hat, "row d_sae, row model d -> d_sae model d")
+        acts = crosscoder.encode(x).float()
+        y_hat = crosscoder.normalise(crosscoder.decode(acts))
+        y = torch.stack([crosscoder.normalise(x) - y_hat, y_hat])
+        y = y.unflatten(2, (2, -1)).flatten(3)  # [nu, row, model, d]
+        sums = sums + einops.einsum(acts, y, "row d_sae, nu row model d -> nu d_sae model d")
         squares = squares + acts.square().sum(0)
-    rows, own = torch.arange(len(W_dec)), torch.as_tensor(own, device="cpu").long()
-    d = W_dec[rows, own]  # [d_sae, d]
-    betas = [einops.einsum(y, d, "d_sae model d, d_sae d -> d_sae model")  # up to a factor, the same in both models
-             for y in (with_error + squares[:, None, None] * W_dec, with_x_hat)]
-    return [(beta[rows, 1 - own] / beta[rows, own]).cpu() for beta in betas]
+    sums[0] += squares[:, None, None] * W_dec  # the error without the latent, rather than with it
+    latents = torch.arange(len(W_dec))
+    d = W_dec[latents, own]
+    # Betas up to a factor, which is the same in both models.
+    betas = einops.einsum(sums, d, "nu d_sae model d, d_sae d -> nu model d_sae").cpu()
+    return betas[:, 1 - own, latents] / betas[:, own, latents]
 
-
-def get_exclusive(crosscoder, models, tokens, cfg):
-    """A table [d_sae, 5]: is it the second model's, a candidate by relative norm, exclusive; nu_eps, nu_r."""
-    rel_norms = get_relative_norms(crosscoder)[0].cpu()
-    nu_eps, nu_r = get_latent_scaling(crosscoder, iter_rows(models, tokens, cfg), rel_norms > 0.5)
-    candidates = ((rel_norms < 0.05) | (rel_norms > 0.95)) & nu_eps.isfinite()  # nan where never active
-    return torch.stack([rel_norms > 0.5, candidates, candidates & (nu_eps < 0.2) & (nu_r < 0.5), nu_eps, nu_r], dim=1)
-
+def get_exclusive(crosscoder: CrossCoder, models: list, tokens: Tensor, cfg: dict) -> dict:
+    """Is a latent active, the second model's, a candidate by relative norm, exclusive? And its nu."""
+    norms, _ = get_relative_norms(crosscoder)
+    second = norms > 0.5
+    nu = get_latent_scaling(crosscoder, iter_rows(models, tokens, cfg), second.long())
+    active = nu[0].isfinite()
+    candidate = active & ((norms - 0.5).abs() > 0.45)
+    exclusive = candidate & (nu[0] < 0.2) & (nu[1] < 0.5)
+    return dict(active=active, second=second, candidate=candidate, exclusive=exclusive, nu=nu)
 
 table = get_exclusive(crosscoder, models, held_out, cfg)
-second, candidates, exclusive = table[:, :3].bool().unbind(1)
-print(f"{candidates.sum()} candidates, of which {exclusive.sum()} are exclusive: nu_eps < 0.2 and nu_r < 0.5")
-fig_scaling = go.Figure()
-for m, name in enumerate(cfg["model_name"].split(",")):
-    nu = table[candidates & (second == bool(m)), 3:]
-    fig_scaling.add_scatter(x=nu[:, 0], y=nu[:, 1], mode="markers", name=f"only in {Path(name).name}")
-fig_scaling.add_shape(type="rect", x0=-0.6, x1=0.2, y0=-0.6, y1=0.5, line_color="#888888")
+nu_eps, nu_r = table["nu"]
+fig_scaling = make_subplots()
+for m, name in enumerate(cfg["model_name"]):
+    chosen = table["candidate"] & (table["second"] == m)
+    fig_scaling.add_scatter(x=nu_eps[chosen].numpy(), y=nu_r[chosen].numpy(), mode="markers", name=name)
+fig_scaling.add_shape(type="rect", x0=-0.6, x1=0.2, y0=-0.6, y1=0.5)
 fig_scaling.update_layout(
-    width=620, height=480, template="plotly_white", title="Latent scaling: exclusive are those in the corner",
-    xaxis={"range": [-0.6, 1.2], "title": "nu_eps: much where it was shrunk away"},
-    yaxis={"range": [-0.6, 1.2], "title": "nu_r: much where others stand in"})
+    title=f"{table['candidate'].sum()} candidates, {table['exclusive'].sum()} exclusive: in the corner",
+    xaxis_title="nu_eps: much where it was shrunk away",
+    yaxis_title="nu_r: much where others stand in",
+    xaxis_range=[-0.6, 1.2],
+    yaxis_range=[-0.6, 1.2])
 fig_scaling
 
+# %% Model diff: which latents do both models have, and which only one?
+# Relative norms alone prove nothing: a penalty on norms makes latents look exclusive which are not.
+def get_diff_counts(crosscoder: CrossCoder, freqs: Float[Tensor, "d_sae"]) -> dict[str, float]:
+    """How many active latents both models have, their mean decoder cosine, and how many only one has."""
+    norms, cosines = get_relative_norms(crosscoder)
+    active = freqs > 0
+    shared = active & (0.3 < norms) & (norms < 0.7)
+    n_shared = int(shared.sum())
+    return {
+        "shared": n_shared,
+        "cosine": round(cosines[shared].sum().item() / max(1, n_shared), 4),
+        "only_0": int((active & (norms < 0.05)).sum()),
+        "only_1": int((active & (norms > 0.95)).sum()),
+    }
+
+norms, cosines = get_relative_norms(crosscoder)
+fig_diff = px.scatter(
+    x=norms[freqs > 0],
+    y=cosines[freqs > 0],
+    marginal_x="histogram",
+    labels={"x": "relative decoder norm", "y": "decoder cosine"},
+    title=str(get_diff_counts(crosscoder, freqs)))
+fig_diff
 
 # %% Model diff: null controls
-# Two more trainings. The first model against itself: nothing is exclusive. Against itself with its sequences shuffled,
-# so that the two never see the same text: all is, but for what only depends on the position.
-class Shuffled:
-    def __init__(self, model):
-        self.model = model
-
-    def __getattr__(self, name):
-        return getattr(self.model, name)
-
-    def run_with_hooks(self, tokens, **kwargs):
-        return self.model.run_with_hooks(tokens.roll(1, 0), **kwargs)
-
-
-assert cfg["model_batch_size"] > 1, "nothing to shuffle in passes of one sequence"
+# Two more trainings. The first model against itself: nothing is exclusive. Against itself with its
+# sequences shuffled, never on the same text: all is, but for what only depends on the position.
+if cfg["model_batch_size"] == 1:
+    raise ValueError("model_batch_size=1: one sequence cannot be shuffled; give 2 or more")
+shuffled = SimpleNamespace(
+    cfg=models[0].cfg,
+    hook_dict=models[0].hook_dict,
+    run_with_hooks=lambda tokens, **hooks: models[0].run_with_hooks(tokens.roll(1, 0), **hooks))
 all_tokens = load_tokens(cfg, tokenizer)
-print(f"{'models':<32} {'active':>7} {'candidates':>11} {'exclusive':>10}")
-for name, pair in (("the two", models), ("the first and itself", models[:1] * 2),
-                   ("the first and itself, shuffled", [models[0], Shuffled(models[0])])):
-    other = crosscoder
-    if pair is not models:
-        trainer = Trainer({**cfg, "save_dir": tempfile.mkdtemp(), "wandb_mode": "disabled"}, pair, all_tokens)
-        with torch.enable_grad():
-            for _ in tqdm.trange(trainer.total_steps, desc=name, leave=False):
-                trainer.step()
-        other = trainer.crosscoder
-        other.fit_threshold(iter_rows(pair, held_out, cfg))
-    result = get_exclusive(other, pair, held_out, cfg)
-    counts = [result[:, 3].isfinite().sum().item(), *result[:, 1:3].sum(0).int().tolist()]
-    print(f"{name:<32} {counts[0]:>7} {counts[1]:>11} {counts[2]:>10}")
+results = {"the two": table}
+for name, other in (("the first and itself", models[0]), ("the first, shuffled", shuffled)):
+    trainer = Trainer(cfg | {"save_dir": tempfile.mkdtemp()}, [models[0], other], all_tokens)
+    with torch.enable_grad():
+        for _ in tqdm.trange(trainer.total_steps, desc=name):
+            trainer.step()
+    trainer.crosscoder.fit_threshold(trainer.buffer.peek())
+    results[name] = get_exclusive(trainer.crosscoder, trainer.models, held_out, cfg)
+print("models: active latents, candidates, exclusive ones")
+for name, result in results.items():
+    print(f"{name:<20}", *(int(result[key].sum()) for key in ("active", "candidate", "exclusive")))
 
 # %% Model diff: the exclusive latents, with the tokens on which they are most active
-chosen = table[:, 2].nonzero().flatten()
-stats = get_stats(crosscoder, models, held_out, cfg)
-chosen = chosen[stats["freqs"][chosen].argsort(descending=True)][:20]
-acts = torch.cat([crosscoder.encode(get_stacked_resids(models, rows, cfg).float())[..., chosen].float().cpu()
-                  for rows in held_out.split(4)])  # [seq, pos, chosen]
-acts[:, 0] = 0
-print(f"{'latent':>6} {'model':>8} {'active':>7} {'nu_eps':>7} {'nu_r':>6}  most active on")
-for i, latent in enumerate(chosen.tolist()):
-    seqs, positions = np.unravel_index(acts[..., i].flatten().argsort(descending=True)[:8].numpy(), acts.shape[:2])
-    shown = [tokenizer.decode(held_out[seq, max(1, pos - 3) : pos + 1].long()) for seq, pos in zip(seqs, positions)]
-    model = Path(cfg["model_name"].split(",")[int(table[latent, 0])]).name
-    print(f"{latent:>6} {model:>8} {stats['freqs'][latent]:>7.2%} {table[latent, 3]:>7.2f} {table[latent, 4]:>6.2f}  "
-          f"{' | '.join(shown)!r}")
+chosen = table["exclusive"].nonzero().flatten()
+chosen = chosen[freqs[chosen].argsort(descending=True)][:20]
+acts = get_acts(chosen)
+numbers = torch.stack([chosen, table["second"][chosen], freqs[chosen], *table["nu"][:, chosen]], dim=1)
+print("latent, model, how often active, nu_eps, nu_r; most active on")
+for i, row in enumerate(numbers.numpy()):
+    print(row, [before[-12:] + token for _, before, token, _ in get_top(acts[..., i], 8)])
 
 # %% Model diff: put what the second model's latents write into the first, and see what it says
-# Each latent's contribution to the second model in place of that to the first, whose exclusive ones have none. KL: from
-# the second model's next-token distribution. The models must be of one width.
-batch = held_out[:16].to(cfg["device"]).long()
-x = get_stacked_resids(models, batch, cfg).float()
+# Each latent's contribution to the second model takes the place of that to the first. KL: from the
+# second model's next-token distribution.
+acts = crosscoder.encode(x)
 x_A, x_B = x.chunk(2, dim=2)
-acts, factor = crosscoder.encode(x).float(), crosscoder.norm_factor[:, None]
-factor_A, factor_B = factor.chunk(2)
-d_A, d_B = crosscoder.W_dec.chunk(2, dim=1)
-new_latents = (table[:, 2] * table[:, 0]).to(acts)  # the second model's exclusive ones
 
+def swap(latents):
+    written = crosscoder.decode(acts * latents.to(acts)) - crosscoder.decode(acts * 0)
+    to_A, to_B = written.chunk(2, dim=2)
+    return x_A - to_A + to_B
 
-def write(latents, d, factor):
-    return einops.einsum(acts * latents, d, "seq pos d_sae, d_sae l d_model -> seq pos l d_model") * factor
+def put(act, hook, new):
+    return torch.cat([act[:, :1], new[:, 1:].to(act)], dim=1)
 
+def get_log_probs(model, new):
+    hooks = [(source.hook, partial(put, new=act)) for source, act in zip(sources, new.unbind(2))]
+    return model.run_with_hooks(batch, fwd_hooks=hooks)[:, 1:-1].float().log_softmax(-1)
 
-def get_log_probs(model, new=None):
-    hooks = [source.hook for source in sources if source.model == 0] if new is not None else []
-    put = [(hook, partial(lambda act, hook, part: torch.cat([act[:, :1], part[:, 1:].to(act)], 1), part=new[:, :, i]))
-           for i, hook in enumerate(hooks)]
-    return model.run_with_hooks(batch, fwd_hooks=put)[:, 1:-1].float().log_softmax(-1)
-
-
-everything = torch.ones_like(new_latents)
-wanted = get_log_probs(models[1])
-print(f"{'the first model, with':<32} {'KL':>7} {'CE':>7}")
-sizes = acts.mean((0, 1)) * d_B.norm(dim=-1).sum(-1) * (1 - new_latents)
-others = torch.zeros_like(new_latents).index_fill_(0, sizes.topk(int(new_latents.sum())).indices, 1)
-for name, new in (
-        ("its own activations", x_A), ("the second's exclusive latents", x_A + write(new_latents, d_B, factor_B)),
-        ("as many of the largest others", x_A + write(others, d_B, factor_B) - write(others, d_A, factor_A)),
-        ("all latents", x_A + write(everything, d_B, factor_B) - write(everything, d_A, factor_A)),
-        ("the second's activations", x_B)):
+exclusive = table["exclusive"] & table["second"]
+sizes = acts[:, 1:].float().mean((0, 1)).cpu() * dec_norms.chunk(2, dim=1)[1].sum(1)
+others = torch.zeros_like(exclusive)
+others[(sizes * ~exclusive).topk(int(exclusive.sum())).indices] = True
+inputs = {
+    "its own activations": x_A,
+    "the second's exclusive latents": swap(exclusive),
+    "as many of the largest others": swap(others),
+    "all latents": swap(freqs >= 0),
+    "the second's activations": x_B,
+}
+wanted = get_log_probs(models[1], x_B)
+print(f"{'the first model, with':<32}      KL      CE")
+for name, new in inputs.items():
     log_probs = get_log_probs(models[0], new)
     kl = (wanted.exp() * (wanted - log_probs)).sum(-1).mean()
-    ce = -log_probs.gather(-1, batch[:, 2:, None]).mean()
+    ce = F.nll_loss(log_probs.flatten(0, 1), batch[:, 2:].flatten())
     print(f"{name:<32} {kl:7.3f} {ce:7.3f}")

@@ -1,230 +1,694 @@
-"""Trains a sparse crosscoder.
+"""Trains a sparse crosscoder: makes a config, opens models and text, and starts the run.
 
   python train.py --preset=tiny      on a small model that comes with the code: a minute on a laptop
   python train.py --l1_coeff=2       on GPT-2 Small, all 12 layers: for a CUDA box
 """
-import argparse
+import copy
 import ctypes
+import difflib
+import itertools
+import json
 import math
 import os
 import re
-import json
 import resource
 import shutil
 import signal
 import subprocess
 import sys
 import time
-import timeit
-from bisect import bisect_right
+from functools import partial
 from importlib.metadata import distributions
 from pathlib import Path
 
-# A step on a CPU is a quarter faster where large tensors need no fresh pages, and large pages.
-if hasattr(libc := ctypes.CDLL(None), "mallopt"):  # glibc: M_MMAP_MAX, M_TRIM_THRESHOLD; keeps what is freed
-    libc.mallopt(-4, 0), libc.mallopt(-1, -1)
-os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # read by torch
-
+import datasets
+import datasets.fingerprint
+import filelock
+import numpy as np
 import psutil
 import torch
+import torch.nn.functional as F
+import tqdm
+from huggingface_hub.constants import HF_HOME
+from jaxtyping import Int
+from torch import Tensor
+from transformer_lens.model_bridge import TransformerBridge
+from transformer_lens.model_bridge.generalized_components import AttentionBridge, NormalizationBridge
+from transformers.activations import NewGELUActivation
 
-import utils
 from utils import (
-    CrossCoder, Trainer, default_cfg, get_stacked_resids, list_checkpoints, load_models, load_tokens,
-    make_cfg, source_names)
+    DTYPES, Trainer, atomically, bad, find_checkpoint, get_sources, get_stacked_resids, list_checkpoints,
+    source_names)
+
+# ---- Config --------------------------------------------------------------------------------------
+KEYS = {  # key: (default, comment); default_cfg and --help are made of this
+    # the run
+    "preset": ("gpt2-small", "or gpt2-published, tiny, diff, diff-tiny, gelu-1l: other defaults"),
+    "seed": (51, "of the initial weights and of the shuffling"),
+    "device": ("auto", "cuda, cuda:1 or cpu; auto is cuda where there is one"),
+    "save_dir": ("checkpoints", "folder in which each run makes its own, version_N"),
+    "save_every": (100_000, "steps between checkpoints; one is always written at the end"),
+    "keep": (3, "how many of a run's checkpoints are kept, the newest"),
+    "resume": ("", "a run's folder, its last checkpoint, or latest (save_dir's newest), to go on with"),
+    "log_every": (100, "steps between logged metrics"),
+    "eval_every": (10_000, "steps between evaluations on the held-out sequences"),
+    "eval_seqs": (64, "sequences at the end of the tokens that are held out from training"),
+    "dead_after": (10_000_000, "tokens without firing after which a latent counts as dead"),
+    "wandb_mode": ("online", "online, offline or disabled"),
+    # the sources: n_layers = models x layers
+    "model_name": (["gpt2"], "hub name or local folder; several with commas between"),
+    "layers": ([], "layer numbers such as 0,3,6; none, or the word all: every layer"),
+    "site": ("resid_post", "TransformerLens activation name: resid_mid, mlp_out, post, z, ..."),
+    "center": (False, "remove the mean over d_model as [N24] did; for models with LayerNorm only"),
+    "norm": ([], "what each source is divided by, as 1.8,2.1; none: estimated on the first buffer"),
+    "model_batch_size": (32, "sequences in one forward pass of the models"),
+    # the text
+    "tokens": ([], ".npy or .pt file of token ids [n_seqs, seq_len], used instead of dataset"),
+    "dataset": (["Skylion007/openwebtext@refs/convert/parquet"],
+                "hub name@revision, or folder of text; it and tokens can be a mix: a:0.5,b:0.5"),
+    "seq_len": (1024, "tokens in a sequence, the first of them BOS"),
+    # the crosscoder and its training, as published [N24]
+    "num_tokens": (1_070_000_000, "tokens to train on: one row of activations each"),
+    "batch_size": (2048, "rows in a step"),
+    "buffer_mult": (512, "batches that the shuffled buffer holds"),
+    "buffer_device": ("auto", "where the buffer is kept; auto is the device"),
+    "dict_size": (2**14, "latents"),
+    "enc_dtype": ("auto", "compute type, fp32 or bf16; auto is bf16 where it is fast. Weights are fp32"),
+    "activation": ("relu", "which latents are active: relu, topk, batchtopk or jumprelu"),
+    "dec_init_norm": (0.005, "relu: initial norm of each latent's decoder vector at each source"),
+    "l1_coeff": (2.0, "relu: sparsity penalty after its warm-up"),
+    "k": (64, "topk, batchtopk: active latents a token, for batchtopk on average; 8 k at first"),
+    "l0_coeff": (5.0, "jumprelu: sparsity penalty at the end of training, from 0 at its beginning"),
+    "n_shared": (0, "several models: latents, the first, that write the same to all of them [F25]"),
+    "shared_penalty": (0.1, "relu, jumprelu: share of the sparsity penalty that these pay"),
+    "n_exclusive": (0, "several models: latents of each, the next, that read and write no other"),
+    "aux_coeff": (0.0, "of the loss that revives dead latents; topk and batchtopk: 1/32"),
+    "lr": (2e-5, "learning rate of Adam after its warm-up; topk, batchtopk and jumprelu: 2e-4"),
+    "beta1": (0.9, "of Adam"),
+    "beta2": (0.999, "of Adam"),
+}
+default_cfg = {key: default for key, (default, _) in KEYS.items()}
+
+RECIPES = {  # what else differs with the activation [J25], [M25]
+    "relu": {},
+    "topk": {"aux_coeff": 1 / 32, "lr": 2e-4},
+    "batchtopk": {"aux_coeff": 1 / 32, "lr": 2e-4},
+    "jumprelu": {"lr": 2e-4},
+}
+TINY = Path(__file__).parent / "tests" / "tiny"
+PRESETS = {
+    "gpt2-small": {},
+    "gpt2-published": {  # E||x|| / sqrt(768) of GPT-2 Small without position 0, its mean removed [N24]
+        "center": True,
+        "norm": [
+            1.8281, 2.0781, 2.2031, 2.4062, 2.5781, 2.8281, 3.1562, 3.6875, 4.3125, 5.4062, 7.875, 16.5],
+    },
+    "tiny": {  # a 4-layer model of the King James Bible: the whole main job on a laptop, without a hub
+        "model_name": [str(TINY / "base")], "tokens": [str(TINY / "kjv.npy")], "seq_len": 128,
+        "batch_size": 512, "num_tokens": 10**6, "buffer_mult": 128, "model_batch_size": 64,
+        "dict_size": 2048, "lr": 1e-3, "dec_init_norm": 0.05, "k": 32, "l0_coeff": 0.15,
+        "dead_after": 10**5, "log_every": 20, "eval_every": 500, "wandb_mode": "disabled",
+    },
+    "diff": {  # what did Gemma 2's tuning add? [M25]
+        "model_name": ["google/gemma-2-2b", "google/gemma-2-2b-it"], "layers": [13], "model_batch_size": 4,
+        "dataset": ["HuggingFaceFW/fineweb:0.5", "lmsys/lmsys-chat-1m:0.5"], "num_tokens": 2 * 10**8,
+        "activation": "batchtopk", "k": 100, "dict_size": 73_728, "lr": 1e-4,
+    },
+    "gelu-1l": {  # one source: an ordinary sparse autoencoder on the MLP of a one-layer model
+        "model_name": ["NeelNanda/GELU_1L512W_C4_Code"], "layers": [0], "site": "post", "num_tokens": 10**8,
+        "dataset": ["NeelNanda/c4-code-20k"], "lr": 1e-4, "dec_init_norm": 0.1,
+    },
+}
+PRESETS["diff-tiny"] = PRESETS["tiny"] | {  # the same of a model of the Bible, tuned on a dictionary
+    "model_name": [str(TINY / "base"), str(TINY / "tuned")], "layers": [2], "activation": "batchtopk",
+    "n_exclusive": 100, "tokens": [f"{TINY / 'kjv.npy'}:0.5", f"{TINY / 'wordnet.npy'}:0.5"],
+}
+CHOICES = {
+    "preset": list(PRESETS), "activation": list(RECIPES), "center": ["true", "false"],
+    "enc_dtype": ["auto", *DTYPES], "wandb_mode": ["online", "offline", "disabled"],
+}
+LEAST = {  # what a number must be at least; all others are above 0
+    "seed": 0, "l1_coeff": 0, "aux_coeff": 0, "n_shared": 0, "n_exclusive": 0, "seq_len": 2, "buffer_mult": 2}
+USED_BY = {
+    "dec_init_norm": ["relu"], "l1_coeff": ["relu"], "k": ["topk", "batchtopk"], "l0_coeff": ["jumprelu"],
+    "shared_penalty": ["relu", "jumprelu"],
+}
+MAY_CHANGE = [  # on resume; the text is known by its hash, not by its name
+    "resume", "keep", "save_dir", "save_every", "log_every", "eval_every", "wandb_mode", "device",
+    "buffer_device", "model_batch_size", "tokens", "dataset", "num_tokens"]
+DROPPED = ["loss_weights", "ignore_tokens"]  # keys in checkpoints of earlier versions
 
 
-class Parser(argparse.ArgumentParser):
-    """Reports mistakes as make_cfg does."""
+def make_cfg(**overrides) -> dict:
+    """The config: default_cfg, then what the activation, the preset or the run to resume change,
+    then overrides, as text or not. Has every key, every "auto" filled in; read-only afterwards.
+    ValueError names the key, the value and what would be right."""
+    for key in overrides.keys() - KEYS.keys() - set(DROPPED):
+        near = difflib.get_close_matches(key, KEYS, n=1, cutoff=0)
+        raise ValueError(f"{key}: no such key, did you mean {near[0]}?")
+    overrides = {key: convert(key, value) for key, value in overrides.items() if key in KEYS}
+    preset = PRESETS[overrides.get("preset", "gpt2-small")]
+    activation = (default_cfg | preset | overrides)["activation"]
+    base = default_cfg | RECIPES[activation] | preset
+    if overrides.get("resume"):
+        folder = find_resume(overrides["resume"], overrides.get("save_dir", base["save_dir"]))
+        overrides["resume"] = str(folder)
+        try:
+            saved = json.loads((folder / "cfg.json").read_text())
+            if isinstance(saved["model_name"], str):
+                raise ValueError("but of an earlier one, which can only be loaded")
+        except Exception as error:
+            raise bad("resume", str(folder), f"not a run of this version ({error!r:.200})") from None
+        base |= {key: convert(key, value) for key, value in saved.items() if key in KEYS}
+    cfg = base | overrides
+    for key, activations in USED_BY.items():
+        if cfg["activation"] not in activations and cfg[key] != base[key]:
+            raise bad(key, cfg[key], f"activation={cfg['activation']} does not use it; it is for "
+                      f"activation={' or '.join(activations)}")
+    fill_in(cfg)
+    check(cfg)
+    for key in KEYS.keys() - set(MAY_CHANGE):
+        if cfg["resume"] and cfg[key] != base[key]:
+            raise bad(key, cfg[key], f"cannot change on resume; {cfg['resume']} has {base[key]!r}")
+    return cfg
 
-    def error(self, message: str):
-        raise ValueError(f"{message}; write --key=value, see --help")
+
+def convert(key: str, value):
+    """value, which may be text, as the kind of thing that the key's default is; 1e8 is a whole
+    number."""
+    default = default_cfg[key]
+    if isinstance(default, list):
+        return convert_list(key, value)
+    text = str(value)
+    if key in CHOICES and text.lower() not in CHOICES[key]:
+        raise bad(key, value, f"give one of {', '.join(CHOICES[key])}")
+    if isinstance(default, bool):
+        return text.lower() == "true"
+    if isinstance(default, str):
+        return text.lower() if key in CHOICES else text
+    limit = "above 0"
+    if key in LEAST:
+        limit = f"of at least {LEAST[key]}"
+    elif key in ("beta1", "beta2"):
+        limit = "above 0 and below 1"
+    kind = {int: "whole number", float: "number"}[type(default)]
+    problem = bad(key, value, f"give a {kind} {limit}, such as {default}")
+    try:
+        number = type(default)(float(text))
+    except (ValueError, OverflowError):
+        raise problem from None
+    too_large = key in ("beta1", "beta2") and number >= 1
+    if number != float(text) or number < LEAST.get(key, 1e-300) or too_large:
+        raise problem
+    return number
 
 
+def convert_list(key: str, value) -> list:
+    """The same for a list, which as text has commas between its items."""
+    items = value if isinstance(value, (list, tuple)) else str(value).split(",")
+    items = [str(item).strip() for item in items]
+    items = [item for item in items if item]
+    if default_cfg[key] and not items:
+        raise bad(key, value, f"give at least one, such as {default_cfg[key][0]}")
+    if key == "layers":
+        numbers = [item for item in items if item != "all"]
+        if not all(item.isdecimal() for item in numbers):
+            raise bad(key, value, "give all, or layer numbers such as 0,3,6")
+        return [int(number) for number in numbers]
+    if key == "norm":
+        try:
+            numbers = [float(item) for item in items]
+        except ValueError:
+            numbers = [0.0]
+        if not all(0 < number < math.inf for number in numbers):
+            raise bad(key, value, "give numbers above 0 such as 1.8,2.1, or none")
+        return numbers
+    return items
+
+
+def find_resume(resume: str, save_dir: str) -> Path:
+    """The checkpoint to go on with. ValueError where none is whole, or the one named is not the
+    last."""
+    path = Path(resume)
+    if resume == "latest":
+        saved = sorted(Path(save_dir).glob("version_*/step_*"), key=lambda folder: folder.stat().st_mtime)
+        if not saved:
+            raise bad("resume", resume, f"no checkpoint in {save_dir}")
+        path = saved[-1].parent
+    path = path.resolve()
+    names = ["cfg.json", "crosscoder.safetensors", "trainer.json", "trainer.safetensors"]
+    folder = find_checkpoint("resume", path, names)
+    run = list_checkpoints(folder.parent)
+    if folder not in run:
+        raise bad("resume", str(path), "not a run's folder, nor one of its checkpoints, step_N")
+    if folder == path and run[-1] != folder:
+        raise bad("resume", str(path), f"{run[-1].name} is later; resume that, or move it away")
+    return folder
+
+
+def fill_in(cfg: dict) -> None:
+    """Fills in every "auto", as suits this machine. ValueError for what it does not have."""
+    best = "cuda" if torch.cuda.is_available() else "cpu"
+    if cfg["device"] == "auto":
+        cfg["device"] = best
+    if cfg["buffer_device"] == "auto":
+        cfg["buffer_device"] = cfg["device"]
+    for key in ("device", "buffer_device"):
+        try:
+            if not cfg[key].startswith(("cuda", "cpu")):
+                raise RuntimeError  # no other is tested
+            cfg[key] = str(torch.empty(1, device=cfg[key]).device)  # cuda is cuda:0
+        except (RuntimeError, AssertionError):
+            raise bad(key, cfg[key], f"not on this machine; give auto, or {best}") from None
+    if "cuda" in cfg["device"]:
+        fast_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+        if cfg["enc_dtype"] == "bf16" and not fast_bf16:
+            raise bad("enc_dtype", "bf16", "this GPU has no bf16 arithmetic; give fp32")
+    else:
+        capabilities = torch.cpu.get_capabilities()
+        fast_bf16 = capabilities.get("avx512_bf16") or capabilities.get("amx_bf16")
+    if cfg["enc_dtype"] == "auto":
+        cfg["enc_dtype"] = "bf16" if fast_bf16 else "fp32"
+
+
+def check(cfg: dict) -> None:
+    """ValueError for values that do not go together."""
+    d_sae = cfg["dict_size"]
+    if "topk" in cfg["activation"] and cfg["k"] > d_sae:
+        raise bad("k", cfg["k"], f"more than dict_size={d_sae}")
+    n_models = len(cfg["model_name"])
+    for key in ("n_shared", "n_exclusive"):
+        designated = cfg["n_shared"] + n_models * cfg["n_exclusive"]
+        if cfg[key] and (n_models == 1 or designated > d_sae):
+            raise bad(key, cfg[key], f"takes several models, and room in dict_size={d_sae}")
+    if cfg["num_tokens"] < cfg["batch_size"]:
+        raise bad("num_tokens", cfg["num_tokens"], f"less than one batch_size={cfg['batch_size']}")
+    if cfg["center"] and not re.fullmatch("resid_.*|.*_out", cfg["site"]):
+        raise bad("center", True, f"{cfg['site']} is not in the residual stream; give false")
+
+
+# ---- Models --------------------------------------------------------------------------------------
+NO_HUB = "where there is no hub give a local folder, or preset=tiny"
+REMEDIES = {  # by what an error is called or says
+    "GatedRepo|a gated dataset": "accept its licence on its page and log in (hf auth login)",
+    "RevisionNotFound": "no such revision",
+    "RepositoryNotFound|t exist on the Hub":
+        "no such name; check it, or log in for what is private (hf auth login)",
+    r"KeyError\('conversation'\)": "its rows have no column text, messages or conversation",
+    "chat_template": "conversations, and none of the models has a chat template; give a column text",
+}
+
+
+def explain(error: BaseException | None) -> str:
+    """What went wrong with the hub, a file or a dataset, and the remedy, in a line."""
+    otherwise = f"{error!r:.200}; {NO_HUB}"
+    while error is not None:
+        for pattern, remedy in REMEDIES.items():
+            if re.search(pattern, repr(error)):
+                return remedy
+        error = error.__cause__ or error.__context__
+    return otherwise
+
+
+def get_shape(models: list, cfg: dict) -> tuple[int, int]:
+    """-> n_layers, d_model of the models' stacked activations"""
+    return tuple(get_stacked_resids(models, torch.zeros(1, 2), cfg).shape[2:])
+
+
+def load_models(cfg: dict) -> list[TransformerBridge]:
+    """Opens the models of cfg["model_name"], each once, in the compute type. ValueError where one
+    cannot be opened, does not have the sources or the context, or does not go with the first."""
+    opened = {}
+    for name in cfg["model_name"]:
+        if name in opened:
+            continue
+        try:
+            opened[name] = TransformerBridge.boot_transformers(
+                name, device=cfg["device"], dtype=DTYPES[cfg["enc_dtype"]])
+        except Exception as error:
+            raise bad("model_name", name, f"cannot be opened: {explain(error)}") from None
+        opened[name].original_model.config.use_cache = False  # keys and values that nobody would read
+    models = [opened[name] for name in cfg["model_name"]]
+    first_name = cfg["model_name"][0]
+    vocabulary = models[0].tokenizer.get_vocab()
+    for name, model in opened.items():
+        if model.cfg.n_ctx and cfg["seq_len"] > model.cfg.n_ctx:
+            raise bad("seq_len", cfg["seq_len"], f"the context of {name} is {model.cfg.n_ctx}")
+        if cfg["center"] and model.cfg.normalization_type != "LN":
+            raise bad("center", True, f"{name} has no LayerNorm: its mean over d_model matters; give false")
+        differ = sorted(vocabulary.items() ^ model.tokenizer.get_vocab().items())
+        if differ:
+            raise bad("model_name", cfg["model_name"], "models must share a tokenizer; those of "
+                      f"{first_name} and {name} differ in {len(differ)} entries, first {differ[0][0]!r}")
+        if not cfg["layers"] and model.cfg.n_layers != models[0].cfg.n_layers:
+            raise bad("layers", "all", f"{first_name} and {name} differ in their number; give layer numbers")
+        if get_shape([model], cfg) != get_shape(models[:1], cfg):
+            raise bad("model_name", cfg["model_name"], f"{first_name} and {name} differ in width")
+    n_sources = len(get_sources(models, cfg))
+    if len(cfg["norm"]) not in (0, n_sources):
+        raise bad("norm", cfg["norm"], f"give a number for each of the {n_sources} sources, or none")
+    for model in opened.values():
+        fuse(model, cfg)
+    return models
+
+
+def fuse(model: TransformerBridge, cfg: dict) -> None:
+    """Puts a model's own fused attention, normalisation and GELU back, which TransformerLens takes
+    apart so that hooks inside them fire: where no source is inside, and as long as the activations
+    stay close. Harvesting takes 0.5 to 0.7 of the time: tests/RESULTS.md, Speed."""
+    hf_model = model.original_model
+    config = hf_model.config
+    read = {model.hook_dict[source.hook] for source in get_sources([model], cfg)}
+    can_sdpa = hf_model._supports_sdpa and not getattr(config, "attn_logit_softcapping", None)
+    fused = {}  # part of the model -> the forward that is to stand in
+    for part in hf_model.modules():
+        is_kind = isinstance(part, NormalizationBridge) or isinstance(part, AttentionBridge) and can_sdpa
+        if isinstance(part, NewGELUActivation):
+            fused[part] = partial(F.gelu, approximate="tanh")
+        elif is_kind and read.isdisjoint(part.modules()):
+            fused[part] = part.original_component.forward
+
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(model.cfg.d_vocab, (1, cfg["seq_len"]), generator=generator)
+    wanted = get_stacked_resids([model], tokens, cfg)[:, 1:].float()
+    try:
+        if can_sdpa:
+            config._attn_implementation = "sdpa"
+            config.output_attentions = False
+        for part, forward in fused.items():
+            vars(part)["forward"] = forward  # setattr on a bridge would reach what it wraps
+        x = get_stacked_resids([model], tokens, cfg)[:, 1:]
+        error = ((x - wanted).norm(dim=-1) / wanted.norm(dim=-1)).mean()
+        is_close = error < torch.finfo(DTYPES[cfg["enc_dtype"]]).eps ** 0.5  # 9% in bf16, 0.03% in fp32
+    except Exception:  # whatever another architecture's own forward cannot do
+        is_close = False
+    if not is_close:
+        config._attn_implementation = "eager"
+        config.output_attentions = True
+        for part in fused:
+            vars(part).pop("forward", None)
+
+
+def get_tokenizer(models: list):
+    """The first model's tokenizer, with the chat template of the first model that has one."""
+    tokenizer = copy.deepcopy(models[0].tokenizer)
+    templates = [model.tokenizer.chat_template for model in models]
+    tokenizer.chat_template = next((template for template in templates if template), None)
+    return tokenizer
+
+
+# ---- Text ----------------------------------------------------------------------------------------
+def load_tokens(cfg: dict, tokenizer) -> Int[Tensor, "n_seqs seq_len"]:
+    """The text as token ids: the file cfg["tokens"], or cfg["dataset"] by way of a cache,
+    memory-mapped. Of a mix a:0.5,b:0.5 in memory, rows of each in turn throughout, until those of
+    one are used up. ValueError where there is nothing that the models can be run on."""
+    key = "tokens" if cfg["tokens"] else "dataset"
+    if len(cfg[key]) == 1:
+        return load_part(cfg, tokenizer, cfg[key][0], 1.0)
+    names = [part.rpartition(":")[0] for part in cfg[key]]
+    try:
+        shares = np.array([part.rpartition(":")[2] for part in cfg[key]], float)
+    except ValueError:
+        shares = np.zeros(1)
+    if not (shares > 0).all() or not np.isfinite(shares).all():
+        raise bad(key, cfg[key], "give each part of a mix its share, such as a:0.5,b:0.5")
+    shares = shares / shares.sum()
+    parts = [load_part(cfg, tokenizer, name, share) for name, share in zip(names, shares)]
+    if len({part.dtype for part in parts}) > 1:
+        parts = [part.int() for part in parts]
+    # Row i of a part has its turn at (i + 1/2) / share, until the first part is used up.
+    end = min(len(part) / share for part, share in zip(parts, shares))
+    parts = [part[: int(share * end)] for part, share in zip(parts, shares)]
+    turns = [(np.arange(len(part)) + 0.5) / share for part, share in zip(parts, shares)]
+    return torch.cat(parts)[np.argsort(np.concatenate(turns), kind="stable")]
+
+
+def load_part(cfg: dict, tokenizer, name: str, share: float) -> Int[Tensor, "n_seqs seq_len"]:
+    """A file of tokens, or the share of the run's tokens that a dataset is to give."""
+    if not cfg["tokens"]:
+        return tokenise(cfg, tokenizer, name, share)
+    try:
+        if name.endswith(".pt"):
+            tokens = torch.load(name, mmap=True, weights_only=True, map_location="cpu")
+        else:
+            tokens = torch.from_numpy(np.load(name, mmap_mode="c"))
+        if tokens.ndim != 2 or tokens.numel() == 0 or tokens.is_floating_point():
+            raise ValueError(f"it holds {tokens.dtype} {list(tokens.shape)}")
+        smallest = tokens.numpy().min()
+        largest = tokens.numpy().max()
+    except Exception as error:
+        raise bad("tokens", name, f"give ids [n_seqs, seq_len], .npy or .pt ({error!r:.200})") from None
+    if tokens.shape[1] != cfg["seq_len"]:
+        raise bad("tokens", name, f"has rows of {tokens.shape[1]} tokens; set seq_len={tokens.shape[1]}")
+    if smallest < 0 or largest >= len(tokenizer):
+        raise bad("tokens", name, f"ids {smallest} to {largest} are not all in the vocabulary of "
+                  f"{len(tokenizer)}; tokenise the text with the tokenizer of {cfg['model_name']}")
+    return tokens
+
+
+def tokenise(cfg: dict, tokenizer, dataset: str, share: float) -> Int[Tensor, "n_seqs seq_len"]:
+    """The rows that the run needs of a dataset: each is BOS and then a piece of the documents laid
+    end to end, EOS after each; what is a conversation as the chat template has it. Memory-mapped
+    from a cache under HF_HOME, which grows and goes on where an earlier run, cut off or with fewer
+    tokens, left it."""
+    name, _, revision = dataset.partition("@")
+    n_rows = cfg["num_tokens"] + cfg["batch_size"] * cfg["buffer_mult"]  # the buffer reads ahead
+    n_seqs = math.ceil(share * (math.ceil(n_rows / (cfg["seq_len"] - 1)) + cfg["eval_seqs"]))
+    files = sorted((str(file), file.stat().st_mtime_ns) for file in Path(name).glob("**/*"))  # none on a hub
+    dtype = np.dtype("uint16" if len(tokenizer) <= 2**16 else "int32")
+    try:
+        ids = [tokenizer.bos_token_id, tokenizer.eos_token_id]
+        ids = [token for token in ids if token is not None]  # one may stand for the other
+        spelling = [tokenizer.get_vocab(), tokenizer.chat_template]
+        identity = [name, revision, files, cfg["seq_len"], ids[0], ids[-1], spelling]
+        cache = Path(HF_HOME, "crosscoder_tokens", datasets.fingerprint.Hasher.hash(identity))
+        cache.mkdir(parents=True, exist_ok=True)
+        with filelock.FileLock(cache / ".lock"):
+            done = {"rows": 0, "rest": [], "dataset": None, "ended": False}
+            if (cache / "done.json").exists():
+                done = json.loads((cache / "done.json").read_text())
+            if done["rows"] < n_seqs and not done["ended"]:
+                options = {"revision": revision or None, "split": "train", "streaming": True}
+                if any(file.endswith(".txt") for file, _ in files):
+                    options["sample_by"] = "document"  # else each line would be one
+                stream = datasets.load_dataset(name, **options)
+                stream.load_state_dict(done["dataset"] or stream.state_dict())
+                done = grow(cache, done, stream, tokenizer, n_seqs, cfg["seq_len"], dtype, ids)
+        if not done["rows"]:
+            raise ValueError(f"less text than one sequence of seq_len={cfg['seq_len']}")
+        rows = np.memmap(cache / "rows.bin", dtype, "c", shape=(done["rows"], cfg["seq_len"]))
+        return torch.from_numpy(rows)[:n_seqs]
+    except Exception as error:
+        raise bad("dataset", dataset, f"cannot be tokenised: {explain(error)}") from None
+
+
+def grow(
+    cache: Path, done: dict, stream, tokenizer, n_seqs: int, seq_len: int, dtype, special: list[int]
+) -> dict:
+    """Adds rows to rows.bin until there are n_seqs or the text ends. What done.json says is on the
+    disk is there: rows, the ids left over, where the stream is."""
+    texts = (get_text(row, tokenizer) for row in stream)
+    bar = tqdm.tqdm(desc="tokenising", total=n_seqs, initial=done["rows"], unit="tok", unit_scale=seq_len)
+    with bar, open(cache / "rows.bin", "ab") as file:
+        file.truncate(done["rows"] * seq_len * dtype.itemsize)  # what a process that was killed wrote further
+        while done["rows"] < n_seqs and not done["ended"]:
+            batch = list(itertools.islice(texts, 1024))
+            ids = [np.array(done["rest"], dtype)]
+            if batch:
+                for document in tokenizer(batch, add_special_tokens=False, verbose=False)["input_ids"]:
+                    ids.append(np.array([*document, special[-1]], dtype))
+            ids = np.concatenate(ids)
+            rows = ids[: len(ids) // (seq_len - 1) * (seq_len - 1)].reshape(-1, seq_len - 1)
+            np.pad(rows, ((0, 0), (1, 0)), constant_values=special[0]).tofile(file)
+            file.flush()
+            os.fsync(file)
+            done = {"rows": done["rows"] + len(rows), "rest": ids[rows.size :].tolist(),
+                    "dataset": stream.state_dict(), "ended": not batch}
+            with atomically(cache / "done.json") as new:
+                new.write_text(json.dumps(done))
+            bar.update(len(rows))
+    return done
+
+
+def get_text(row: dict, tokenizer) -> str:
+    """A dataset's row as text."""
+    if "text" in row:
+        return row["text"] or ""
+    chat = tokenizer.apply_chat_template(row.get("messages") or row["conversation"], tokenize=False)
+    return chat.removeprefix(tokenizer.bos_token or "")
+
+
+# ---- The run -------------------------------------------------------------------------------------
 def parse_overrides(argv: list[str]) -> dict[str, str]:
     """The --key=value arguments as a dict for make_cfg, which converts and checks them."""
-    source = Path(utils.__file__).read_text()
-    comments = dict(re.findall(r'^    "(\w+)": .*,  # (.*)$', source, flags=re.MULTILINE))
-    plain = argparse.RawDescriptionHelpFormatter
-    usage = "python train.py [--key=value ...]"
-    parser = Parser(usage=usage, description=__doc__, formatter_class=plain, allow_abbrev=False)
-    for key, default in default_cfg.items():
-        shown = str(default).lower() if isinstance(default, bool) else default
-        help = f"{comments[key]} (default: {shown})".replace("%", "%%")
-        parser.add_argument(f"--{key}", default=argparse.SUPPRESS, metavar="VALUE", help=help)
-    known, unknown = parser.parse_known_args(argv)
-    overrides = vars(known)
-    for argument in unknown:
-        if not (match := re.fullmatch(r"--([\w-]+)(?:=(.*))?", argument)):
+    overrides = {}
+    for argument in argv:
+        match = re.fullmatch(r"--([\w-]+)(?:=(.*))?", argument, re.DOTALL)
+        if not match or match[1] in KEYS and match[2] is None:
             raise ValueError(f"{argument}: write --key=value, see --help")
-        overrides[match[1]] = match[2]  # make_cfg knows the nearest key
+        overrides[match[1]] = match[2]  # of a key that is not there, make_cfg knows the nearest
     return overrides
 
 
-def count_parameters(cfg: dict, n_layers: int, d_model: int) -> int:
-    """Of the crosscoder."""
-    thresholds = cfg["dict_size"] * (cfg["activation"] == "jumprelu")
-    return cfg["dict_size"] * (2 * n_layers * d_model + 1) + n_layers * d_model + thresholds
+def get_help() -> str:
+    """What --help prints: every key with its comment and default."""
+    lines = [__doc__, "Any key of the config can be given as --key=value:"]
+    for key, (default, comment) in KEYS.items():
+        if isinstance(default, list):
+            default = ",".join(str(item) for item in default)
+        lines.append(f"  --{key:<18} {comment} (default: {default})")
+    return "\n".join(lines)
 
 
-def get_memory(cfg: dict, models: list, n_layers: int, d_model: int) -> dict[str, int]:
-    """The bytes that a run needs beyond its models, by part; the formulas are those of README.md, Memory."""
-    width, parameters = n_layers * d_model, count_parameters(cfg, n_layers, d_model)
-    itemsize, d_vocab = utils.DTYPES[cfg["enc_dtype"]].itemsize, models[0].cfg.d_vocab
-    seqs, seq_len = cfg["model_batch_size"], cfg["seq_len"]
-    a_latent = {"relu": 12, "jumprelu": 30}.get(cfg["activation"], 20)
+def tune_allocator() -> None:
+    """Keeps freed memory for the next step, and asks for large pages: on a CPU a step takes 0.6 of
+    the time (tests/RESULTS.md, Speed). Of the whole process, and before its first large tensor."""
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt"):  # glibc
+        libc.mallopt(-4, 0)  # M_MMAP_MAX: nothing is mapped by itself, and so given back when freed
+        libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: nor is the end of the heap
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # read by torch
+
+
+def get_memory(cfg: dict, n_layers: int, d_model: int, d_vocab: int) -> dict[str, int]:
+    """The bytes that a run needs beyond its models: exact for weights with their gradients and Adam's
+    moments, and for the buffer; for what comes and goes an allowance, the largest of three estimates."""
+    width = n_layers * d_model
+    seq_len = cfg["seq_len"]
+    itemsize = DTYPES[cfg["enc_dtype"]].itemsize
+    parameters = cfg["dict_size"] * (2 * width + 1) + width
+    bytes_a_latent = 20
+    if cfg["activation"] == "jumprelu":  # which has thresholds, and activations in fp32
+        parameters += cfg["dict_size"]
+        bytes_a_latent = 30
+    step = cfg["batch_size"] * (20 * width + bytes_a_latent * cfg["dict_size"])
+    harvest = cfg["model_batch_size"] * seq_len * itemsize * (width + max(width, 13 * d_model))
+    seqs = min(cfg["model_batch_size"], cfg["eval_seqs"])
+    evaluation = seqs * seq_len * itemsize * (3 * width + d_vocab) + 8 * seq_len * d_vocab  # logits
     return {
-        "weights and Adam": 12 * parameters,
+        "weights": 16 * parameters,
         "buffer": cfg["batch_size"] * cfg["buffer_mult"] * (width * itemsize + 16),
-        "at work": max(
-            5 * parameters,  # gradients, and weights and products in the compute type
-            cfg["batch_size"] * (17 * width + a_latent * cfg["dict_size"]),  # a step's activations
-            seqs * seq_len * itemsize * (width + max(width, 13 * models[0].cfg.d_model)),  # harvesting
-            min(seqs, cfg["eval_seqs"]) * seq_len * itemsize * (2 * width + d_vocab)  # evaluating: logits,
-            + 8 * seq_len * d_vocab)}  # and a sequence's in fp32, twice
+        "at work": max(step, harvest, evaluation)}
 
 
-def check_memory(cfg: dict, *shape) -> None:
-    """ValueError where a run does not fit, naming the largest buffer_mult, dict_size, ... that would."""
-    places = {"weights and Adam": cfg["device"], "buffer": cfg["buffer_device"], "at work": cfg["device"]}
+def check_memory(cfg: dict, memory: dict[str, int]) -> None:
+    """ValueError where a run does not fit, naming what to lower."""
+    keys = {"weights": "dict_size", "buffer": "buffer_mult", "at work": "batch_size or model_batch_size"}
+    places = {"weights": cfg["device"], "buffer": cfg["buffer_device"], "at work": cfg["device"]}
     for device in set(places.values()):
-        def needed(**changed) -> int:
-            parts = get_memory({**cfg, **changed}, *shape)
-            return sum(size for part, size in parts.items() if places[part] == device)
-
-        if needed() > (free := free_memory(device)):
-            most = {key: bisect_right(range(cfg[key]), free, key=lambda n: needed(**{key: n})) - 1
-                    for key in ("buffer_mult", "dict_size", "model_batch_size")}
-            fit = [f"{key}={n}" for key, n in most.items() if n >= utils.LEAST.get(key, 1)]
-            raise utils.bad("device", device, f"{needed() / 1e9:,.2f} GB are needed beyond the models, "
-                            f"{free / 1e9:,.2f} are free; what fits: {' or '.join(fit) or 'less of all'}")
+        parts = {part: size for part, size in memory.items() if places[part] == device}
+        needed = sum(parts.values()) / 1e9
+        free = free_memory(device) / 1e9
+        if needed > free:
+            part = max(parts, key=parts.get)
+            raise bad("device", device, f"{needed:,.2f} GB are needed beyond the models, {free:,.2f} are free; "
+                      f"{parts[part] / 1e9:,.2f} are for {part}: lower {keys[part]}")
 
 
 def free_memory(device: str) -> int:
     """Bytes, those that PyTorch holds unused included."""
-    if device.startswith("cuda"):
+    if "cuda" in device:
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + unused
     return psutil.virtual_memory().available
 
 
-def estimate_seconds(cfg: dict, models: list, n_layers: int, d_model: int) -> float:
-    """How long a run takes, from timing a forward pass of the models and a step of a small crosscoder."""
-    small = CrossCoder({**cfg, "dict_size": min(4096, cfg["dict_size"])}, n_layers, d_model)
-    x = torch.randn(cfg["batch_size"], n_layers, d_model, device=cfg["device"])
-    n_seqs = math.ceil(1024 / cfg["seq_len"]) if cfg["device"] == "cpu" else cfg["model_batch_size"]
-    tokens = torch.zeros(n_seqs, cfg["seq_len"])
-
-    def harvest() -> float:
-        return get_stacked_resids(models, tokens, cfg)[..., 0].sum().item()
-
-    def step() -> float:
-        losses = small.get_losses(x)
-        (losses.l2_loss + losses.l1_loss).backward()
-        return small.b_enc.grad.sum().item()
-
-    per_row = min(timeit.repeat(harvest, number=1)) / tokens.numel()
-    per_row += min(timeit.repeat(step, number=1)) / len(x) * cfg["dict_size"] / len(small.b_enc)
-    return per_row * cfg["num_tokens"]
-
-
-def peak_memory_gb(cfg: dict) -> float:
-    """The most memory in use so far: on the GPU where the run is on one, else of the process."""
-    if cfg["device"].startswith("cuda"):
-        return torch.cuda.max_memory_allocated(cfg["device"]) / 1e9
+def peak_memory(device: str) -> int:
+    """The most bytes in use so far: on the GPU where the run is on one, else of the process."""
+    if "cuda" in device:
+        return torch.cuda.max_memory_allocated(device)
     unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
-
-
-def format_seconds(seconds: float) -> str:
-    """A duration for people."""
-    for unit, length in (("days", 86400), ("h", 3600), ("min", 60)):
-        if seconds >= 2 * length:
-            return f"{seconds / length:.0f} {unit}"
-    return f"{seconds:.0f} s"
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def header(cfg: dict, models: list) -> str:
-    """What the run is, what it needs and how long it will take. ValueError where it needs too much memory."""
-    n_layers, d_model = get_stacked_resids(models, torch.zeros(1, 2), cfg).shape[2:]
-    check_memory(cfg, models, n_layers, d_model)
+    """What the run is and what it needs. ValueError where it needs too much memory."""
+    n_layers, d_model = get_shape(models, cfg)
+    memory = get_memory(cfg, n_layers, d_model, models[0].cfg.d_vocab)
+    check_memory(cfg, memory)
+    days = 12 * cfg["num_tokens"] * n_layers * d_model * cfg["dict_size"] / 1e12 / 86400
+    if cfg["device"] == "cpu" and days > 1 / 24:
+        print(f"warning: without a GPU, at 1 TFLOP/s, this run takes {days:,.1f} days; --preset=tiny "
+              "takes a minute", file=sys.stderr)
     names = source_names(cfg, n_layers)
-    parameters = count_parameters(cfg, n_layers, d_model)
-    memory = get_memory(cfg, models, n_layers, d_model).items()
-    done = re.search(r"step_(\d+)$", cfg["resume"])
-    seconds = estimate_seconds(cfg, models, n_layers, d_model)
-    if done:
-        seconds *= 1 - int(done[1]) * cfg["batch_size"] / cfg["num_tokens"]
-    if cfg["device"] == "cpu" and seconds > 3600:
-        print(f"warning: without a GPU this run takes about {format_seconds(seconds)}; --preset=tiny takes "
-              "a minute", file=sys.stderr)
-    return "\n".join((
-        *[f"resuming    {cfg['resume']}"] * bool(cfg["resume"]),
-        f"models      {cfg['model_name']}",
-        f"sources     {n_layers} of width {d_model}: {names[0]}{f' to {names[-1]}' if n_layers > 1 else ''}",
-        f"dictionary  {cfg['dict_size']:,} latents, {parameters:,} parameters, compute in {cfg['enc_dtype']}",
+    shown = " to ".join(dict.fromkeys([names[0], names[-1]]))
+    sizes = [f"{size / 1e9:.2f} GB {part}" for part, size in memory.items()]
+    lines = [
+        f"models      {', '.join(cfg['model_name'])}",
+        f"sources     {n_layers} of width {d_model}: {shown}",
+        f"dictionary  {cfg['dict_size']:,} latents, {cfg['activation']}, compute in {cfg['enc_dtype']}",
         f"training    {cfg['num_tokens']:,} tokens in {cfg['num_tokens'] // cfg['batch_size']:,} steps",
-        f"memory      {', '.join(f'{size / 1e9:.2f} GB {part}' for part, size in memory)}; "
-        f"{free_memory(cfg['device']) / 1e9:.2f} GB free",
-        f"device      {cfg['device']}, about {format_seconds(seconds)}"))
+        f"memory      {', '.join(sizes)}; {free_memory(cfg['device']) / 1e9:.2f} GB free on {cfg['device']}"]
+    if cfg["resume"]:
+        lines.insert(0, f"resuming    {cfg['resume']}")
+    return "\n".join(lines)
 
 
 def results(cfg: dict, metrics: dict[str, float], n_layers: int) -> str:
     """evaluate()'s numbers as text, a line a source."""
     names = source_names(cfg, n_layers)
-    width = max(map(len, names))
+    width = max(len(name) for name in names)
     lines = [f"{'source':<{width}}     FVU  CE delta  (mean-ablated)  norm ratio"]
     for name in [*names, "all"]:
-        ratio = f"{metrics[f'norm_ratio/{name}']:10.3f}" if name != "all" else ""
-        lines.append(f"{name:<{width}}  {metrics[f'fvu/{name}']:6.4f}  {metrics[f'ce/delta_{name}']:+8.4f}  "
-                     f"{metrics[f'ce/ablated_{name}']:+14.4f}  {ratio}".rstrip())
-    if "diff/shared" in metrics:
-        only = [f"{metrics[f'diff/only_{m}']:,.0f} only in {Path(name).name}"
-                for m, name in enumerate(cfg["model_name"].split(","))]
-        lines.append(f"by relative norm {metrics['diff/shared']:,.0f} latents shared, of mean cosine "
-                     f"{metrics['diff/cosine']:.2f}, {', '.join(only)}")
+        line = (f"{name:<{width}}  {metrics[f'fvu/{name}']:6.4f}  {metrics[f'ce/delta_{name}']:+8.4f}  "
+                f"{metrics[f'ce/ablated_{name}']:+14.4f}")
+        if name != "all":
+            line += f"  {metrics[f'norm_ratio/{name}']:10.3f}"
+        lines.append(line)
     lines.append(f"L0 {metrics['sparsity/l0']:.1f}, dead latents {metrics['sparsity/dead']:.1%}, "
                  f"clean CE {metrics['ce/clean']:.4f}")
     return "\n".join(lines)
 
 
 def note_start(trainer: Trainer) -> None:
-    """Puts cfg.json into a run's folder, and adds to starts.jsonl: command line, git commit, versions."""
-    git = ["git", "-C", Path(__file__).parent, "describe", "--always", "--dirty", "--abbrev=40"]
-    commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() if shutil.which("git") else ""
-    versions = {each.name: each.version for each in distributions()}
-    start = {"time": time.ctime(), "command": sys.orig_argv, "python": sys.version, "commit": commit,
-             "versions": versions}
-    with utils.atomically(trainer.run_dir / "cfg.json") as temporary:
-        temporary.write_text(json.dumps(trainer.crosscoder.cfg, indent=2) + "\n")
+    """Puts cfg.json into a run's folder, and adds to starts.jsonl: command line, git commit,
+    versions."""
+    commit = ""
+    if shutil.which("git"):
+        git = ["git", "-C", Path(__file__).parent, "describe", "--always", "--dirty", "--abbrev=40"]
+        commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
+    start = {
+        "time": time.ctime(), "command": sys.orig_argv, "python": sys.version, "commit": commit,
+        "versions": {package.name: package.version for package in distributions()}}
+    with atomically(trainer.run_dir / "cfg.json") as new:
+        new.write_text(json.dumps(trainer.crosscoder.cfg, indent=2) + "\n")
     with open(trainer.run_dir / "starts.jsonl", "a") as file:
         file.write(json.dumps(start) + "\n")
 
 
 def stop_on_signals(trainer: Trainer) -> None:
-    """Lets SIGINT and SIGTERM end the training after the step; a second signal ends the process at once."""
+    """Lets SIGINT and SIGTERM end the training after the step; a second signal ends the process at
+    once."""
     def stop(number: int, frame) -> None:
         trainer.stop = KeyboardInterrupt(128 + number)
-        for each in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(each, signal.SIG_DFL)
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
-    for each in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(each, stop)
+    signal.signal(signal.SIGINT, stop)
+    signal.signal(signal.SIGTERM, stop)
 
 
-def newest(trainer: Trainer | None) -> Path | None:
-    """The checkpoint that a run can go on from."""
-    return (list_checkpoints(trainer.run_dir) or [None])[-1] if trainer else None
+def last_checkpoint(trainer: Trainer | None) -> Path | None:
+    """What a run can go on from."""
+    if trainer is None or not list_checkpoints(trainer.run_dir):
+        return None
+    return list_checkpoints(trainer.run_dir)[-1]
 
 
 def main(argv: list[str]) -> int:
-    """One run. -> exit code: 0; 1 where numbers or disk broke down; 2 a user's mistake; 130, 143 a signal"""
-    start, trainer = time.time(), None
+    """One run. -> exit code: 0; 1 where numbers or disk broke down; 2 a user's mistake; 130, 143 a
+    signal"""
+    start = time.time()
+    trainer = None
     try:
+        if "--help" in argv:
+            print(get_help())
+            return 0
         cfg = make_cfg(**parse_overrides(argv))
+        tune_allocator()
         models = load_models(cfg)
         print(header(cfg, models), flush=True)
-        all_tokens = load_tokens(cfg, models[0].tokenizer)
+        all_tokens = load_tokens(cfg, get_tokenizer(models))
         trainer = Trainer(cfg, models, all_tokens)
         first_step = trainer.step_counter
         note_start(trainer)
@@ -237,17 +701,18 @@ def main(argv: list[str]) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except FloatingPointError as error:
-        print(f"error: {error}; last good checkpoint: {newest(trainer)}", file=sys.stderr)
+        print(f"error: {error}; last good checkpoint: {last_checkpoint(trainer)}", file=sys.stderr)
         return 1
     except KeyboardInterrupt as stop:
-        last = newest(trainer)
-        print(f"stopped; {f'go on with --resume={last}' if last else 'nothing is saved'}", file=sys.stderr)
-        return stop.args[0] if stop.args else 130
+        last = last_checkpoint(trainer)
+        advice = f"go on with --resume={last}" if last else "nothing is saved"
+        print(f"stopped; {advice}", file=sys.stderr)
+        return (*stop.args, 130)[0]  # 128 and the signal's number
     print(results(cfg, metrics, len(trainer.crosscoder.b_dec)))
     seconds = time.time() - start
     tokens = (trainer.step_counter - first_step) * cfg["batch_size"]
-    print(f"{tokens / seconds:,.0f} tokens/s all in all, {format_seconds(seconds)}, "
-          f"peak memory {peak_memory_gb(cfg):.2f} GB")
+    print(f"{tokens / seconds:,.0f} tokens/s all in all, {seconds:,.0f} s, "
+          f"peak memory {peak_memory(cfg['device']) / 1e9:.2f} GB")
     print(f'load it with: crosscoder = CrossCoder.load("{trainer.run_dir}")')
     return 0
 

@@ -29,32 +29,34 @@ import torch
 from torch import nn
 from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
-import train  # noqa: F401  what it sets for a run holds here too
-from utils import TINY, Buffer, CrossCoder, Trainer, get_stacked_resids, load_models, make_cfg
+from train import TINY, load_models, make_cfg, tune_allocator
+from utils import CrossCoder, Trainer, get_stacked_resids
 
 
 class Reference:
     """The published crosscoder's step, harvest and buffer, from its formulas."""
 
     def __init__(self, cfg: dict, model, all_tokens: torch.Tensor):
-        self.cfg, self.model, self.all_tokens = cfg, model, all_tokens
+        self.cfg = cfg
+        self.model = model
+        self.all_tokens = all_tokens
         shape = model.cfg.n_layers, model.cfg.d_model
         start = CrossCoder({**cfg, "enc_dtype": "fp32"}, *shape)
-        self.weights = [nn.Parameter(p.detach().clone()) for p in start.parameters()]
-        self.names = [name for name, _ in start.named_parameters()]
-        self.optimizer = torch.optim.Adam(self.weights, lr=cfg["lr"], foreach=False, fused=False)
+        self.weights = {name: nn.Parameter(p.detach().clone()) for name, p in start.named_parameters()}
+        self.optimizer = torch.optim.Adam(self.weights.values(), lr=cfg["lr"], foreach=False, fused=False)
         self.buffer = torch.zeros(cfg["batch_size"] * cfg["buffer_mult"], *shape, dtype=torch.bfloat16, device=cfg["device"])
 
     def step(self, x: torch.Tensor) -> tuple[float, float, float]:
         """-> l2, l1, l0"""
-        w, x = dict(zip(self.names, self.weights)), x.float()
+        w = self.weights
+        x = x.float()
         acts = torch.relu(einops.einsum(x, w["W_enc"], "b l d, l d s -> b s") + w["b_enc"])
         x_hat = einops.einsum(acts, w["W_dec"], "b s, s l d -> b l d") + w["b_dec"]
         l2 = (x_hat - x).pow(2).sum((1, 2)).mean()
         l1 = (acts * w["W_dec"].norm(dim=-1).sum(1)).sum(-1).mean()
         l0 = (acts > 0).float().sum(-1).mean()
         (l2 + self.cfg["l1_coeff"] * l1).backward()
-        nn.utils.clip_grad_norm_(self.weights, 1.0)
+        nn.utils.clip_grad_norm_(self.weights.values(), 1.0)
         self.optimizer.step()
         self.optimizer.zero_grad()
         return l2.item(), l1.item(), l0.item()
@@ -67,11 +69,13 @@ class Reference:
 
     @torch.no_grad()
     def refill(self) -> None:
-        rows, filled = len(self.buffer) // 2, 0
+        n_rows = len(self.buffer) // 2
+        filled = 0
         for batch in self.all_tokens.split(self.cfg["model_batch_size"]):
-            acts = self.harvest(batch)[:, 1:].flatten(0, 1)[: rows - filled]
+            acts = self.harvest(batch)[:, 1:].flatten(0, 1)[: n_rows - filled]
             self.buffer[filled : filled + len(acts)] = acts
-            if (filled := filled + len(acts)) == rows:
+            filled += len(acts)
+            if filled == n_rows:
                 break
         self.buffer = self.buffer[torch.randperm(len(self.buffer), device=self.buffer.device)]
 
@@ -124,13 +128,14 @@ def bench(cfg: dict, folder: str, flops: float, bandwidth: float, rounds: int) -
     all_tokens = torch.randint(4096, (n_seqs, cfg["seq_len"]), generator=torch.Generator().manual_seed(0))
     trainer = Trainer(cfg, [model], all_tokens)
     reference = Reference(cfg, plain, all_tokens.to(cfg["device"]))
-    buffer, size = trainer.buffer, f"{cfg['dict_size']:,} x {cfg['seq_len']}"
+    buffer = trainer.buffer
+    size = f"{cfg['dict_size']:,} x {cfg['seq_len']}"
 
     x = buffer.next()
-    buffer.next, serve = (lambda: x), buffer.next
+    buffer.next = lambda: x
     ours_step, ref_step = timed(trainer.step, lambda: reference.step(x), rounds=rounds)
     step_memory = peak_memory(trainer.step)
-    buffer.next = serve
+    del buffer.next  # which uncovers the method
 
     tokens = all_tokens[: cfg["model_batch_size"]].to(cfg["device"])
     ours_harvest, ref_harvest = timed(lambda: get_stacked_resids([model], tokens, cfg),
@@ -159,18 +164,24 @@ def bench(cfg: dict, folder: str, flops: float, bandwidth: float, rounds: int) -
     buffer.pointer = buffer.size // 2
     ours_all, ref_all = timed(ours_cycle, ref_cycle, rounds=max(1, rounds // 3))
 
-    batch, half = cfg["batch_size"], buffer.size // 2
+    batch = cfg["batch_size"]
+    half = buffer.size // 2
     parameters = sum(p.numel() for p in trainer.crosscoder.parameters())
-    limit_step = 6 * 2 * batch * model.cfg.n_layers * model.cfg.d_model * cfg["dict_size"] / flops + 28 * parameters / bandwidth
-    body = sum(p.numel() for name, p in model.original_model.named_parameters() if name.endswith("weight") and p.ndim == 2
-               and "wte" not in name and "wpe" not in name and "lm_head" not in name)
-    limit_token = (2 * body + 2 * 2 * model.cfg.n_layers * model.cfg.d_model * cfg["seq_len"] / 2) / flops  # and causal attention
+    width = model.cfg.n_layers * model.cfg.d_model
+    limit_step = 6 * 2 * batch * width * cfg["dict_size"] / flops + 28 * parameters / bandwidth
+    body = 0
+    for name, p in model.original_model.named_parameters():
+        if name.endswith("weight") and p.ndim == 2 and not any(part in name for part in ("wte", "wpe", "lm_head")):
+            body += p.numel()
+    limit_token = (2 * body + 2 * 2 * width * cfg["seq_len"] / 2) / flops  # and causal attention
     limit_harvest = limit_token * tokens.numel()
     limit_refill = limit_token * half * cfg["seq_len"] / (cfg["seq_len"] - 1)
     parts = ours_step * steps + ours_harvest / tokens.numel() * half * cfg["seq_len"] / (cfg["seq_len"] - 1)
-    row = lambda what, tokens, ours, ref, limit, memory: {
-        "what": what, "size": size, "tokens_per_s": tokens / ours, "times_reference": ref / ours,
-        "share_of_limit": limit / ours, "peak_gb": memory / 1e9}
+
+    def row(what: str, tokens: int, ours: float, ref: float, limit: float, memory: float) -> dict:
+        return {"what": what, "size": size, "tokens_per_s": tokens / ours, "times_reference": ref / ours,
+                "share_of_limit": limit / ours, "peak_gb": memory / 1e9}
+
     return [
         row("train step", batch, ours_step, ref_step, limit_step, step_memory),
         row("harvest", tokens.numel(), ours_harvest, ref_harvest, limit_harvest, harvest_memory),
@@ -189,8 +200,9 @@ def bench_activations(device: str, dict_sizes: list[int], shape: tuple[int, int]
     for dict_size in dict_sizes:
         parts = []
         for name in names:
-            activation, sparse = name.split(",")[0], {"k": k} if "topk" in name else {}
-            cfg = make_cfg(activation=activation, device=device, enc_dtype="bf16", dict_size=dict_size, **sparse)
+            overrides = {"k": k} if "topk" in name else {}
+            cfg = make_cfg(
+                activation=name.split(",")[0], device=device, enc_dtype="bf16", dict_size=dict_size, **overrides)
             crosscoder = CrossCoder(cfg, *shape)
             crosscoder.calibrate(x)
             if "dense" in name:
@@ -214,27 +226,41 @@ def main() -> None:
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--activations", action="store_true")
     args = parser.parse_args()
+    tune_allocator()
     cpu = args.size == "cpu"
     device = "cpu" if cpu else "cuda"
     if args.activations:
-        sizes, shape = [2**n for n in (12, 13, 14, 15, 16)], (4 if cpu else 12, 768)
-        return bench_activations(device, sizes, shape, 512 if cpu else 4096, 32 if cpu else 64, args.rounds)
+        sizes = [2**n for n in (12, 13, 14, 15, 16)]
+        if cpu:
+            bench_activations(device, sizes, (4, 768), batch=512, k=32, rounds=args.rounds)
+        else:
+            bench_activations(device, sizes, (12, 768), batch=4096, k=64, rounds=args.rounds)
+        return
     flops, bandwidth = machine_limits(device)
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         torch.manual_seed(0)
         GPT2LMHeadModel(GPT2Config()).save_pretrained(folder)
         AutoTokenizer.from_pretrained(TINY / "base").save_pretrained(folder)
-        for dict_size, seq_len in ((4096, 128), (4096, 1024)) if cpu else ((2**14, 1024), (2**16, 1024)):
-            cfg = make_cfg(model_name=folder, device=device, enc_dtype="bf16", dict_size=dict_size, seq_len=seq_len,
-                           batch_size=512 if cpu else 4096, buffer_mult=64, num_tokens=10**9, eval_seqs=1,
-                           model_batch_size=max(1, (1024 if cpu else 32768) // seq_len))
+        if cpu:
+            sizes = [(4096, 128), (4096, 1024)]
+            batch_size = 512
+            tokens_per_pass = 1024
+        else:
+            sizes = [(2**14, 1024), (2**16, 1024)]
+            batch_size = 4096
+            tokens_per_pass = 32768
+        for dict_size, seq_len in sizes:
+            cfg = make_cfg(
+                model_name=folder, device=device, enc_dtype="bf16", dict_size=dict_size, seq_len=seq_len, batch_size=batch_size,
+                buffer_mult=64, num_tokens=10**9, eval_seqs=1, model_batch_size=tokens_per_pass // seq_len)
             rows += bench(cfg, folder, flops, bandwidth, args.rounds)
     if args.json:
         print(json.dumps({"bf16_flops": flops, "copy_bytes_per_s": bandwidth, "rows": rows}, indent=1))
         return
     print(f"bf16 products {flops / 1e12:.2f} TFLOP/s, copies {bandwidth / 1e9:.0f} GB/s, {torch.get_num_threads()} threads, "
-          f"torch {torch.__version__}\n{'':<12}{'dict x seq':>14}{'tokens/s':>12}{'x reference':>13}{'of limit':>10}{'peak GB':>9}")
+          f"torch {torch.__version__}")
+    print(f"{'':<12}{'dict x seq':>14}{'tokens/s':>12}{'x reference':>13}{'of limit':>10}{'peak GB':>9}")
     for row in rows:
         print(f"{row['what']:<12}{row['size']:>14}{row['tokens_per_s']:>12,.0f}{row['times_reference']:>13.2f}"
               f"{row['share_of_limit']:>10.0%}{row['peak_gb']:>9.2f}")

@@ -16,39 +16,54 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from utils import Trainer, load_models, load_tokens, make_cfg
+from train import get_tokenizer, load_models, load_tokens, make_cfg, parse_overrides
+from utils import Trainer
 
 SPARSITIES = {  # chosen so that the L0 overlap
-    "relu": ("l1_coeff", (1, 1.5, 2.5, 4)), "topk": ("k", (12, 20, 32, 48)), "batchtopk": ("k", (12, 20, 32, 48)),
-    "jumprelu": ("l0_coeff", (0.1, 0.15, 0.25, 0.4))}
-COLUMNS = {"fvu/all": "FVU", "ce/delta_all": "CE delta (nats)", "sparsity/dead": "dead share", "span": "layers a latent spans"}
+    "relu": ("l1_coeff", (1, 1.5, 2.5, 4)),
+    "topk": ("k", (12, 20, 32, 48)),
+    "batchtopk": ("k", (12, 20, 32, 48)),
+    "jumprelu": ("l0_coeff", (0.1, 0.15, 0.25, 0.4)),
+}
+COLOURS = {"relu": "#777777", "topk": "#3b528b", "batchtopk": "#21918c", "jumprelu": "#d1603d"}
+COLUMNS = {
+    "fvu/all": "FVU", "ce/delta_all": "CE delta (nats)", "sparsity/dead": "dead share",
+    "span": "layers a latent spans"}
 
 
 def train(cfg: dict, models: list, all_tokens) -> dict:
-    """One run. -> its last evaluation, and over how many sources a latent spans: where its decoder norm is at least
-    a tenth of its largest, mean over latents alive"""
+    """One run. -> its last evaluation, and over how many sources a latent spans: where its decoder norm is
+    at least a tenth of its largest, mean over latents alive"""
     trainer = Trainer(cfg, models, all_tokens)
     start = trainer.evaluate()["fvu/all"]
     metrics = trainer.train()
-    norms = trainer.crosscoder.W_dec.detach().norm(dim=-1)
+    norms = trainer.crosscoder.W_dec.detach().norm(dim=-1)  # [d_sae, n_layers]
     spans = (norms >= 0.1 * norms.amax(1, keepdim=True)).sum(1).float()
     alive = trainer.tokens_since_fired < cfg["dead_after"]
     return {**metrics, "span": spans[alive].mean().item(), "fvu_at_step_0": start}
 
 
 def table(rows: list[dict]) -> str:
-    """A line for each activation and sparsity: means over the seeds, and for FVU the largest distance from it."""
-    lines = ["| activation | sparsity | L0 | FVU | CE delta | dead | layers spanned | FVU at step 0 |", "|" + "---|" * 8]
+    """A line for each activation and sparsity: means over the seeds, and for FVU the largest distance."""
+    lines = [
+        "| activation | sparsity | L0 | FVU | CE delta | dead | layers spanned | FVU at step 0 |",
+        "|" + "---|" * 8]
     for activation, (key, values) in SPARSITIES.items():
         for value in values:
-            some = [row for row in rows if (row["activation"], row["value"]) == (activation, value)]
-            if some:
-                mean = {name: np.mean([row[name] for row in some]) for name in (*COLUMNS, "sparsity/l0", "fvu_at_step_0")}
-                spread = max(abs(row["fvu/all"] - mean["fvu/all"]) for row in some)
-                fvu = f"{mean['fvu/all']:.4f}" + f" ± {spread:.4f}" * (len(some) > 1)
-                lines.append(
-                    f"| {activation} | {key}={value} | {mean['sparsity/l0']:.1f} | {fvu} | "
-                    f"{mean['ce/delta_all']:+.3f} | {mean['sparsity/dead']:.1%} | {mean['span']:.2f} | {mean['fvu_at_step_0']:.2f} |")
+            runs = [row for row in rows if (row["activation"], row["value"]) == (activation, value)]
+            if not runs:
+                continue
+            mean = {}
+            for name in (*COLUMNS, "sparsity/l0", "fvu_at_step_0"):
+                mean[name] = np.mean([row[name] for row in runs])
+            fvu = f"{mean['fvu/all']:.4f}"
+            if len(runs) > 1:
+                spread = max(abs(row["fvu/all"] - mean["fvu/all"]) for row in runs)
+                fvu += f" ± {spread:.4f}"
+            lines.append(
+                f"| {activation} | {key}={value} | {mean['sparsity/l0']:.1f} | {fvu} | "
+                f"{mean['ce/delta_all']:+.3f} | {mean['sparsity/dead']:.1%} | {mean['span']:.2f} | "
+                f"{mean['fvu_at_step_0']:.2f} |")
     return "\n".join(lines)
 
 
@@ -56,45 +71,49 @@ def draw(rows: list[dict]) -> go.Figure:
     """What each activation comes to, against L0: a point a run, a line through the means."""
     figure = make_subplots(cols=len(COLUMNS), subplot_titles=[*COLUMNS.values()], horizontal_spacing=0.05)
     for column, name in enumerate(COLUMNS, start=1):
-        for colour, activation in zip(("#777777", "#3b528b", "#21918c", "#d1603d"), SPARSITIES):
-            points: dict = {}
-            for row in rows:
-                if row["activation"] == activation:
-                    points.setdefault(row["value"], []).append((row["sparsity/l0"], row[name]))
-            means = sorted(np.mean(some, axis=0).tolist() for some in points.values())
-            for some, mode in ((means, "lines"), (sum(points.values(), []), "markers")):
-                l0, y = zip(*some) if some else ((), ())
-                figure.add_scatter(x=l0, y=y, mode=mode, name=activation, line_color=colour, row=1, col=column,
-                                   showlegend=column == 1 and mode == "lines")
+        for activation, colour in COLOURS.items():
+            points = []  # of all runs: L0, and what is drawn
+            means = []
+            for value in SPARSITIES[activation][1]:
+                runs = [row for row in rows if (row["activation"], row["value"]) == (activation, value)]
+                if runs:
+                    points += [(row["sparsity/l0"], row[name]) for row in runs]
+                    means.append(np.mean(points[-len(runs) :], axis=0).tolist())
+            for shown, mode in ((sorted(means), "lines"), (points, "markers")):
+                figure.add_scatter(
+                    x=[l0 for l0, _ in shown], y=[y for _, y in shown], mode=mode, name=activation,
+                    line_color=colour, row=1, col=column, showlegend=column == 1 and mode == "lines")
     figure.update_xaxes(title="L0: latents active on a token")
     figure.update_yaxes(rangemode="tozero")
-    return figure.update_layout(width=1400, height=360, template="plotly_white", margin=dict(t=40, b=50, l=40, r=20))
+    return figure.update_layout(
+        width=1400, height=360, template="plotly_white", margin=dict(t=40, b=50, l=40, r=20))
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(argv: list[str]) -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--activations", default=",".join(SPARSITIES))
     parser.add_argument("--out", type=Path, default=Path("frontier"))
-    args, rest = parser.parse_known_args()
-    overrides = dict(argument.removeprefix("--").split("=", 1) for argument in rest)
-    overrides = {"preset": "tiny", "wandb_mode": "disabled", "eval_every": 10**9, **overrides}
+    args, others = parser.parse_known_args(argv)
+    overrides = {"preset": "tiny", "wandb_mode": "disabled", "eval_every": 10**9, **parse_overrides(others)}
     args.out.mkdir(parents=True, exist_ok=True)
     file = args.out / "frontier.jsonl"
     rows = [json.loads(line) for line in open(file)] if file.exists() else []
-    done = {(row["seed"], row["activation"], row["value"]) for row in rows}
-    models = all_tokens = None
+    made = {(row["seed"], row["activation"], row["value"]) for row in rows}
+    models = None
     for seed in range(args.seeds):
         for activation, (key, values) in SPARSITIES.items():
             for value in values:
-                if (seed, activation, value) in done or activation not in args.activations.split(","):
+                if (seed, activation, value) in made or activation not in args.activations.split(","):
                     continue
-                cfg = make_cfg(**{**overrides, "seed": seed, "activation": activation, key: value,
-                                  "save_dir": str(args.out / "runs"), "keep": 1})
+                choice = {"seed": seed, "activation": activation, key: value}
+                cfg = make_cfg(**{**overrides, **choice, "save_dir": str(args.out / "runs"), "keep": 1})
                 if models is None:
                     models = load_models(cfg)
-                    all_tokens = load_tokens(cfg, models[0].tokenizer)
-                rows.append({"seed": seed, "activation": activation, "value": value, **train(cfg, models, all_tokens)})
+                    all_tokens = load_tokens(cfg, get_tokenizer(models))
+                metrics = train(cfg, models, all_tokens)
+                rows.append({"seed": seed, "activation": activation, "value": value, **metrics})
                 with open(file, "a") as log:
                     log.write(json.dumps(rows[-1]) + "\n")
                 draw(rows).write_html(args.out / "frontier.html")
@@ -102,4 +121,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

@@ -2,6 +2,7 @@
 
   python tests/planted.py                 relu and batchtopk, three seeds: precision and recall of 'exclusive', before
                                           (by relative norm) and after latent scaling
+  python tests/planted.py --n_shared=96   the same with any of make_cfg's keys
 A token's activation is the sum of its features' directions in that model, alike in both, plus noise. A feature that both
 have can be weak in one of them, which is what a penalty on norms shrinks away there, as if the other alone had it.
 """
@@ -17,19 +18,22 @@ import torch
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
-from utils import Trainer, iter_rows, make_cfg
+from train import make_cfg
+from utils import Trainer
 
-D_MODEL, VOCABULARY = 96, 2**15
-KINDS = {"shared": 96, "weak in the first": 16, "weak in the second": 16, "only in the first": 32, "only in the second": 32}
+D_MODEL = 96
+VOCABULARY = 2**15
+KINDS = {
+    "shared": 96, "weak in the first": 16, "weak in the second": 16, "only in the first": 32, "only in the second": 32}
 RUNS = {"relu": {"l1_coeff": 2.5}, "batchtopk": {"k": 8}}
 
 
 def functions_of_scratch() -> dict:
     """The functions of scratch.py's cells, without running the cells."""
     tree = ast.parse((ROOT / "scratch.py").read_text())
-    kept = (ast.FunctionDef, ast.Import, ast.ImportFrom)
+    kept = [node for node in tree.body if isinstance(node, (ast.FunctionDef, ast.Import, ast.ImportFrom))]
     names: dict = {}
-    exec(compile(ast.Module([node for node in tree.body if isinstance(node, kept)], []), "scratch.py", "exec"), names)
+    exec(compile(ast.Module(kept, []), "scratch.py", "exec"), names)
     return names
 
 
@@ -67,7 +71,8 @@ def plant(seed: int) -> tuple[list, torch.Tensor, np.ndarray]:
 def score(called, second, W_dec, directions, kinds) -> tuple[float, float]:
     """Precision: of the latents called exclusive, the share whose decoder vector has a cosine above 0.7 with a direction
     that only their model has. Recall: the share of such directions that one of them has found."""
-    found, right = set(), 0
+    found = set()
+    right = 0
     for latent in called.nonzero().flatten().tolist():
         m = int(second[latent])
         cosines = torch.nn.functional.cosine_similarity(W_dec[latent, m], directions[m], dim=-1)
@@ -89,19 +94,20 @@ def run(activation: str, seed: int, get_exclusive, **overrides) -> dict:
     for _ in range(trainer.total_steps):
         metrics = trainer.step()
     crosscoder = trainer.crosscoder
-    crosscoder.fit_threshold(iter_rows(models, trainer.eval_tokens, cfg))
+    crosscoder.fit_threshold(trainer.buffer.peek())
     with torch.no_grad():
-        second, candidates, exclusive = get_exclusive(crosscoder, models, trainer.eval_tokens, cfg)[:, :3].bool().unbind(1)
-        scores = [score(called, second, crosscoder.W_dec, directions, kinds) for called in (candidates, exclusive)]
+        table = get_exclusive(crosscoder, models, trainer.eval_tokens, cfg)
+        calls = [table["candidate"], table["exclusive"]]
+        scores = [score(called, table["second"], crosscoder.W_dec, directions, kinds) for called in calls]
     return {"L0": metrics["sparsity/l0_batch"].item(), "FVU": metrics["fvu/batch"].item(), "scores": scores,
-            "called": [int(candidates.sum()), int(exclusive.sum())]}
+            "called": [int(called.sum()) for called in calls]}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=3)
-    args, rest = parser.parse_known_args()
-    overrides = dict(argument.removeprefix("--").split("=", 1) for argument in rest)
+    args, others = parser.parse_known_args()
+    overrides = dict(argument.removeprefix("--").split("=", 1) for argument in others)
     get_exclusive = functions_of_scratch()["get_exclusive"]
     print("| activation | L0 | FVU | called by relative norm | precision | recall | after latent scaling | precision | recall |")
     print("|" + "---|" * 9)

@@ -1,18 +1,28 @@
+import functools
+
 import pytest
 import torch
 from transformer_lens.model_bridge import TransformerBridge
 
-from utils import TINY, get_sources, get_stacked_resids, load_models, make_cfg, source_names
+from conftest import open_models
+from train import PRESETS, TINY, load_models, make_cfg
+from utils import get_sources, get_stacked_resids, source_names
 
 
 def cfg_for(**overrides):
     return make_cfg(preset="tiny", enc_dtype="fp32", device="cpu", **overrides)
 
 
-def transformer_lens_activations(folder, tokens, hooks, dtype=torch.float32):
-    """[batch, pos, hooks, d] as TransformerLens alone gives them, with its eager attention."""
+@functools.cache
+def run_plain(folder, tokens, dtype):
+    """All activations as TransformerLens alone gives them, with its eager attention."""
     plain = TransformerBridge.boot_transformers(str(folder), device="cpu", dtype=dtype)
-    _, cache = plain.run_with_cache(tokens.long())
+    return plain.run_with_cache(tokens[:8].long())[1]
+
+
+def transformer_lens_activations(folder, tokens, hooks, dtype=torch.float32):
+    """The same of these hooks, for the first 8 sequences: [batch, pos, hooks, d]"""
+    cache = run_plain(folder, tokens, dtype)
     return torch.stack([cache[hook].flatten(2) for hook in hooks], dim=2)
 
 
@@ -28,19 +38,19 @@ def fused_parts(model):
     ("z", "all", (0, 9, 4)), ("z", "2,0", (2, 9, 4)), ("attn_out", "all", (0, 9, 4))])  # a hook has to fire in there
 def test_activations_equal_those_of_run_with_cache(tokens, site, layers, fused):
     cfg = cfg_for(site=site, layers=layers)
-    models, batch = load_models(cfg), tokens[:3]
-    wanted = transformer_lens_activations(TINY / "base", batch, [source.hook for source in get_sources(models, cfg)])
+    models = open_models(cfg)
+    wanted = transformer_lens_activations(TINY / "base", tokens, [source.hook for source in get_sources(models, cfg)])
     assert [s.layer for s in get_sources(models, cfg)] == ([0, 1, 2, 3] if layers == "all" else [2, 0])
     assert fused_parts(models[0]) == fused
-    assert relative_error(get_stacked_resids(models, batch, cfg), wanted) < 1e-5
+    assert relative_error(get_stacked_resids(models, tokens[:3], cfg), wanted[:3]) < 1e-5
 
 
 @pytest.mark.parametrize("site", ["resid_post", "mlp_out", "z"])
 def test_bf16_activations_are_as_close_as_those_of_run_with_cache(tokens, site):
     cfg = make_cfg(preset="tiny", enc_dtype="bf16", device="cpu", site=site)
-    models = load_models(cfg)
+    models = open_models(cfg)
     hooks = [source.hook for source in get_sources(models, cfg)]
-    wanted, plain = (transformer_lens_activations(TINY / "base", tokens[:8], hooks, dtype)[:, 1:].float()
+    wanted, plain = (transformer_lens_activations(TINY / "base", tokens, hooks, dtype)[:, 1:].float()
                      for dtype in (torch.float32, torch.bfloat16))
     mine = get_stacked_resids(models, tokens[:8], cfg)[:, 1:].float()
     assert 0 < (mine - wanted).norm() < 1.2 * (plain - wanted).norm()
@@ -54,11 +64,11 @@ def relative_error(x, wanted):
 
 def test_two_models_stack_one_after_the_other(tokens):
     cfg = cfg_for(model_name=f"{TINY / 'base'},{TINY / 'tuned'}", layers="1,3")
-    resids = get_stacked_resids(load_models(cfg), tokens[:2], cfg)
+    resids = get_stacked_resids(open_models(cfg), tokens[:2], cfg)
     hooks = [f"blocks.{layer}.hook_resid_post" for layer in (1, 3)]
     for m, name in enumerate(("base", "tuned")):
-        wanted = transformer_lens_activations(TINY / name, tokens[:2], hooks)
-        assert relative_error(resids[:, :, 2 * m : 2 * m + 2], wanted) < 1e-5
+        wanted = transformer_lens_activations(TINY / name, tokens, hooks)
+        assert relative_error(resids[:, :, 2 * m : 2 * m + 2], wanted[:2]) < 1e-5
     assert relative_error(resids[:, :, :1], resids[:, :, 2:3]) > 0.1
     assert source_names(cfg, 4) == [f"{m}:resid_post.{l}" for m in ("base", "tuned") for l in (1, 3)]
 
@@ -78,7 +88,7 @@ def test_attention_whose_logits_are_capped_stays_eager(tokens, tmp_path):
     AutoTokenizer.from_pretrained(TINY / "base").save_pretrained(tmp_path)
     cfg = cfg_for(model_name=str(tmp_path))
     models = load_models(cfg)
-    wanted = transformer_lens_activations(tmp_path, tokens[:2], [f"blocks.{i}.hook_resid_post" for i in range(2)])
+    wanted = transformer_lens_activations(tmp_path, tokens, [f"blocks.{i}.hook_resid_post" for i in range(2)])[:2]
     attention, norms, _ = fused_parts(models[0])
     assert attention == 0 and norms > 0
     assert torch.allclose(get_stacked_resids(models, tokens[:2], cfg), wanted, rtol=1e-4, atol=1e-4)
@@ -93,7 +103,7 @@ def test_a_fused_attention_that_computes_something_else_is_not_used(tokens):
         return sdpa_attention_forward(module, query, key, -value, *args, **kwargs)
 
     cfg = cfg_for()
-    wanted = get_stacked_resids(load_models(cfg), tokens[:2], cfg)
+    wanted = get_stacked_resids(open_models(cfg), tokens[:2], cfg)
     AttentionInterface.register("sdpa", wrong)
     try:
         models = load_models(cfg)
@@ -156,7 +166,12 @@ def other_models(tmp_path_factory):
     (dict(model_name="gpt2-nowhere"), "preset=tiny"),
     (dict(model_name="base,words"), "differ in 1 entries, first 'zounds'"),
     (dict(model_name="base,llama"), "base and .*llama differ in their number; give layer numbers"),
+    (dict(model_name="base,llama", layers="1"), "^model_name=.*base and .*llama differ in width"),
+    (dict(model_name="narrow,base"), "^model_name=.*narrow and .*base differ in width"),
     (dict(model_name="llama", center=True), "no LayerNorm"),
+    (dict(norm="1.5,2,2.5"), r"^norm=\[1.5, 2.0, 2.5\]: give a number for each of the 4 sources, or none"),
+    (dict(norm=PRESETS["gpt2-published"]["norm"]), "^norm=.*each of the 4 sources"),
+    (dict(norm=[1, 2, 3, 4], layers="0,1,3"), "^norm=.*each of the 3 sources"),
 ])
 def test_sources_that_do_not_exist_or_fit_are_refused(other_models, overrides, said):
     if "," in overrides.get("model_name", "") or overrides.get("model_name") == "llama":
@@ -170,6 +185,6 @@ def test_sources_that_do_not_exist_or_fit_are_refused(other_models, overrides, s
 def test_a_llama_is_harvested_too(other_models, tokens):
     cfg = cfg_for(model_name=str(other_models / "llama"))
     models = load_models(cfg)
-    wanted = transformer_lens_activations(other_models / "llama", tokens[:2], [f"blocks.{i}.hook_resid_post" for i in range(2)])
+    wanted = transformer_lens_activations(other_models / "llama", tokens, [f"blocks.{i}.hook_resid_post" for i in range(2)])[:2]
     assert fused_parts(models[0]) == (2, 5, 0)
     assert relative_error(get_stacked_resids(models, tokens[:2], cfg), wanted) < 1e-5

@@ -3,7 +3,8 @@ import json
 import pytest
 
 import bench
-from utils import TINY, Trainer, get_stacked_resids, make_cfg
+from train import TINY, make_cfg
+from utils import Trainer, get_stacked_resids
 
 
 def test_the_reference_computes_what_training_does(cfg, models, tokens):

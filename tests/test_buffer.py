@@ -1,7 +1,9 @@
+import copy
+
 import pytest
 import torch
 
-from utils import Buffer, get_stacked_resids, iter_rows
+from utils import Buffer, get_stacked_resids
 
 
 @pytest.fixture
@@ -15,6 +17,52 @@ def serve(buffer):
         buffer.refresh()
     numbers = buffer.row_numbers[buffer.order[buffer.pointer : buffer.pointer + buffer.cfg["batch_size"]]]
     return buffer.next(), numbers
+
+
+def copy_of(buffer):
+    """All that refresh and next change, as it is now."""
+    return copy.deepcopy({**buffer.state_dict(), "rows": buffer.buffer})
+
+
+def are_equal(one, other):
+    pairs = ((one[key], other[key]) for key in one.keys() | other.keys())
+    return all(torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b for a, b in pairs)
+
+
+def test_it_is_empty_until_the_first_next_fills_it(buffer):
+    assert buffer.next_row == buffer.rows_served == 0 and len(buffer.peek()) == 0
+    assert buffer.next().shape == (64, 4, 128)
+    assert (buffer.next_row, buffer.pointer, buffer.rows_served) == (1024, 64, 64)
+    assert torch.equal(buffer.row_numbers, torch.arange(1024))
+
+
+def test_a_refresh_fills_it_and_a_second_one_with_nothing_served_changes_nothing(buffer):
+    buffer.refresh()
+    assert (buffer.next_row, buffer.pointer, buffer.rows_served) == (1024, 0, 0)
+    before = copy_of(buffer)
+    buffer.refresh()
+    assert are_equal(copy_of(buffer), before)
+
+
+def test_next_after_a_refresh_of_an_empty_buffer_is_the_same_as_without(cfg, models, tokens, buffer):
+    again = Buffer(cfg, models, tokens[:21])
+    again.refresh()
+    for _ in range(10):
+        assert torch.equal(buffer.next(), again.next())
+
+
+def test_peek_is_the_next_four_batches_and_serves_none_of_them(buffer):
+    buffer.next()
+    before = copy_of(buffer)
+    rows = buffer.peek()
+    assert buffer.pointer == 64 and are_equal(copy_of(buffer), before)
+    assert torch.equal(rows, torch.cat([buffer.next() for _ in range(4)]))
+
+
+def test_peek_is_less_where_less_is_left(cfg, models, tokens):
+    buffer = Buffer({**cfg, "buffer_mult": 3}, models, tokens[:21])
+    first, second = buffer.next(), buffer.peek()
+    assert len(first) == 64 and torch.equal(second, buffer.buffer[buffer.order[64:]])
 
 
 def test_each_row_is_the_activation_at_its_sequence_and_position(buffer, models, cfg):
@@ -57,6 +105,7 @@ def test_replayed_rows_are_counted_from_the_second_epoch_on(buffer):
 
 
 def test_a_refill_takes_exactly_the_served_slots_and_no_second_buffer(buffer):
+    buffer.refresh()
     where, before, numbers = buffer.buffer.data_ptr(), buffer.buffer.clone(), buffer.row_numbers.clone()
     while buffer.pointer < buffer.size / 2:
         buffer.next()
@@ -70,6 +119,7 @@ def test_a_refill_takes_exactly_the_served_slots_and_no_second_buffer(buffer):
 
 
 def test_position_0_is_left_out(buffer, models, cfg):
+    buffer.refresh()
     first = get_stacked_resids(models, buffer.all_tokens[:1], cfg)[0, 0]  # the same for all rows: BOS
     assert ((buffer.buffer - first).flatten(1).norm(dim=1) > 1).all()
 
@@ -85,22 +135,18 @@ def test_the_same_seed_serves_the_same_rows(cfg, models, tokens, buffer):
     assert torch.equal(batch, again.next()) and not torch.equal(batch, other.next())
 
 
-def test_ignored_tokens_are_neither_served_nor_evaluated(cfg, models, tokens):
-    common = tokens[:60].flatten().long().bincount().argsort(descending=True)[:3].tolist()
-    cfg = {**cfg, "ignore_tokens": ",".join(map(str, common))}
-    buffer, served = Buffer(cfg, models, tokens[:60]), []
-    for _ in range(40):
-        rows, numbers = serve(buffer)
-        served += numbers.tolist()
-        seq, position = divmod(served[-1], 127)
-        wanted = get_stacked_resids(models, tokens[seq : seq + 1], cfg)[0, position + 1]
-        assert torch.allclose(rows[-1], wanted, atol=1e-4)
-    ids = tokens[:60, 1:].flatten().long()
-    assert len(set(served)) == len(served) == 40 * 64
-    assert not set(ids[served].tolist()) & set(common)
-    used = sum(number not in common for number in ids[: buffer.next_row].tolist())
-    assert used == buffer.rows_served + buffer.size - buffer.pointer
-    n = sum(len(rows) for rows in iter_rows(models, tokens[:8], cfg))
-    assert n == sum(id not in common for id in tokens[:8, 1:].flatten().tolist()) < 8 * 127
-    with pytest.raises(ValueError, match="^ignore_tokens=.*too little text is left"):
-        Buffer({**cfg, "ignore_tokens": ",".join(map(str, range(4096)))}, models, tokens[:60])
+def test_it_goes_on_from_a_state_to_the_last_bit(cfg, models, tokens, buffer):
+    for _ in range(20):  # past two refills, with rows of three ages in it
+        buffer.next()
+    again = Buffer(cfg, models, tokens[:21])
+    again.load_state_dict(buffer.state_dict())
+    assert torch.equal(again.peek(), buffer.peek())
+    for _ in range(20):  # into the second epoch
+        assert torch.equal(again.next(), buffer.next())
+    assert again.rows_replayed == buffer.rows_replayed > 0
+
+
+def test_a_state_of_another_text_is_refused(cfg, models, tokens, buffer):
+    buffer.next()
+    with pytest.raises(ValueError, match="^tokens=.*not the text of the run so far"):
+        Buffer(cfg, models, tokens[1:22]).load_state_dict(buffer.state_dict())

@@ -1,18 +1,54 @@
+import json
+import os
 import subprocess
 import sys
 
 import pytest
 
 from conftest import ROOT
-from utils import PRESETS, default_cfg, make_cfg, open_run
+from train import KEYS, PRESETS, RECIPES, default_cfg, make_cfg
+from utils import open_run
 
 
 def test_values_take_the_kind_of_the_default():
-    cfg = make_cfg(l1_coeff=2, lr="1e-4", num_tokens="1e8", center="true", layers=[0, 3], batch_size=64.0)
+    cfg = make_cfg(l1_coeff=2, lr="1e-4", num_tokens="1e8", center="true", layers="0,3", batch_size=64.0)
     assert [cfg[k] for k in ("l1_coeff", "lr", "num_tokens", "center", "layers", "batch_size")] == [
-        2.0, 1e-4, 100_000_000, True, "0,3", 64]
+        2.0, 1e-4, 100_000_000, True, [0, 3], 64]
     assert type(cfg["l1_coeff"]) is float and type(cfg["num_tokens"]) is int and type(cfg["batch_size"]) is int
     assert make_cfg(l1_coeff="0.5")["l1_coeff"] == 0.5
+
+
+LISTS = {"model_name": str, "layers": int, "norm": float, "tokens": str, "dataset": str}
+
+
+@pytest.mark.parametrize("activation", RECIPES)
+@pytest.mark.parametrize("preset", PRESETS)
+def test_a_cfg_has_all_keys_as_real_types_and_gives_itself_again(preset, activation):
+    cfg = make_cfg(preset=preset, activation=activation)
+    assert list(cfg) == list(KEYS)
+    for key, value in cfg.items():
+        assert type(value) is type(default_cfg[key]), key
+        if key in LISTS:
+            assert type(value) is list and all(type(item) is LISTS[key] for item in value), key
+    assert make_cfg(**cfg) == cfg
+    assert json.loads(json.dumps(cfg)) == cfg
+
+
+def test_presets_without_an_activation_of_their_own_give_themselves_again():
+    for preset in PRESETS:
+        cfg = make_cfg(preset=preset)
+        assert make_cfg(**cfg) == cfg == make_cfg(preset=preset, activation=cfg["activation"])
+
+
+@pytest.mark.parametrize("key, text, items", [
+    ("layers", "0,3", [0, 3]), ("layers", " 0, 3 ", (0, 3)), ("layers", "7", [7]), ("layers", "all", []), ("layers", "", []),
+    ("layers", 3, ["3"]), ("norm", "1.5,2", [1.5, 2]), ("norm", "", []), ("model_name", "a,b/c", ["a", "b/c"]),
+    ("tokens", "a.npy:0.5,b.npy:0.5", ["a.npy:0.5", "b.npy:0.5"]), ("tokens", "", []),
+    ("dataset", "a@main:1,b:2", ["a@main:1", "b:2"])])
+def test_a_list_can_be_given_as_text(key, text, items):
+    cfg = make_cfg(**{key: items})
+    assert make_cfg(**{key: text}) == cfg
+    assert cfg[key] == [LISTS[key](item) for item in items]
 
 
 def test_overrides_come_before_the_preset_and_the_preset_before_the_defaults():
@@ -22,13 +58,25 @@ def test_overrides_come_before_the_preset_and_the_preset_before_the_defaults():
     assert cfg["beta2"] == default_cfg["beta2"]
 
 
+def test_the_activation_changes_the_learning_rate_and_the_preset_comes_before_it():
+    assert make_cfg(activation="topk")["lr"] == 2e-4 != make_cfg()["lr"]
+    assert make_cfg(activation="topk")["aux_coeff"] == 1 / 32 != make_cfg(activation="jumprelu")["aux_coeff"]
+    assert make_cfg(activation="topk", preset="tiny")["lr"] == make_cfg(preset="tiny")["lr"] == 1e-3
+
+
 def test_every_auto_is_filled_in_and_the_default_is_the_published_recipe():
     cfg = make_cfg()
     assert "auto" not in cfg.values()
     assert cfg["buffer_device"] == cfg["device"]
-    recipe = dict(model_name="gpt2", layers="all", site="resid_post", batch_size=2048, lr=2e-5, beta1=0.9, beta2=0.999,
+    recipe = dict(model_name=["gpt2"], layers=[], site="resid_post", batch_size=2048, lr=2e-5, beta1=0.9, beta2=0.999,
                   l1_coeff=2.0, dict_size=2**14, seq_len=1024, buffer_mult=512, dec_init_norm=0.005)
     assert {key: cfg[key] for key in recipe} == recipe
+
+
+def test_the_published_normalisation_is_a_preset():
+    cfg = make_cfg(preset="gpt2-published")
+    assert cfg["center"] and len(cfg["norm"]) == 12 and (cfg["norm"][0], cfg["norm"][-1]) == (1.8281, 16.5)
+    assert {**cfg, "preset": "gpt2-small", "center": False, "norm": []} == make_cfg()
 
 
 @pytest.mark.parametrize("overrides, said", [
@@ -48,14 +96,20 @@ def test_every_auto_is_filled_in_and_the_default_is_the_published_recipe():
     (dict(beta2=1.0), "below 1"),
     (dict(num_tokens=100, batch_size=200), "batch_size=200"),
     (dict(layers="0,x"), "0,3,6"),
+    (dict(layers=[0, -1]), "0,3,6"),
     (dict(wandb_mode="loud"), "offline"),
     (dict(enc_dtype="fp8"), "bf16"),
     (dict(device="cuda:99"), "cpu"),
     (dict(device="mps"), "cpu"),
     (dict(device="abacus"), "cpu"),
-    (dict(norm="published"), "center=True"),
+    (dict(norm="published"), "^norm=.*give numbers"),
+    (dict(norm="1,0"), "^norm=.*give numbers"),
+    (dict(norm=[1.0, -2.0]), "^norm=.*give numbers"),
+    (dict(norm="1,nan"), "^norm=.*give numbers"),
+    (dict(norm="1,inf"), "^norm=.*give numbers"),
     (dict(center=True, site="z"), "z is not in the residual stream"),
-    (dict(norm="published", model_name="gpt2-xl", center=True), "model_name=gpt2"),
+    (dict(model_name=""), "such as gpt2"),
+    (dict(dataset=","), "such as Skylion007/openwebtext"),
 ])
 def test_a_wrong_value_is_refused_by_key_value_and_remedy(overrides, said):
     with pytest.raises(ValueError, match=said) as error:
@@ -74,11 +128,14 @@ def test_a_save_dir_that_cannot_be_written_is_refused(tmp_path):
     assert (tmp_path / "file").read_text() == "precious"
 
 
-def test_importing_utils_does_nothing(tmp_path):
-    code = ("import sys, torch; sys.argv = ['x', '--l1_coeff=oops', '--help']; state = torch.get_rng_state();"
-            f"sys.path.insert(0, {str(ROOT)!r}); import utils;"
+def test_importing_utils_or_train_does_nothing(tmp_path):
+    """But the allocator, of which only the environment variable can be seen."""
+    code = ("import os, sys, torch; sys.argv = ['x', '--l1_coeff=oops', '--help']; state = torch.get_rng_state();"
+            f"sys.path.insert(0, {str(ROOT)!r}); import utils; assert 'train' not in sys.modules; import train;"
             "assert torch.equal(state, torch.get_rng_state()); assert not torch.cuda.is_initialized();"
+            "assert 'THP_MEM_ALLOC_ENABLE' not in os.environ;"
             "assert 'wandb.sdk.wandb_run' not in sys.modules or utils.wandb.run is None")
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
+    env = {name: value for name, value in os.environ.items() if name != "THP_MEM_ALLOC_ENABLE"}
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, env=env)
     assert (run.returncode, run.stdout, run.stderr) == (0, "", "")
     assert not list(tmp_path.iterdir())

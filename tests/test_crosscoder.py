@@ -3,7 +3,9 @@ import shutil
 import pytest
 import torch
 
-from utils import CrossCoder, make_cfg
+from planted import functions_of_scratch
+from train import make_cfg
+from utils import CrossCoder
 
 
 def crosscoder_for(n_layers, d_model, dict_size, **overrides):
@@ -19,6 +21,11 @@ def crosscoder():
         parameter.data += 0.3 * torch.randn(parameter.shape, generator=generator)
     crosscoder.norm_factor.copy_(torch.tensor([0.5, 2.0, 3.0]))
     return crosscoder
+
+
+@pytest.fixture(scope="module")
+def fold():
+    return functions_of_scratch()["fold"]
 
 
 def slow_losses(W_enc, W_dec, b_enc, b_dec, norm_factor, x):
@@ -69,9 +76,9 @@ def test_a_latent_without_a_decoder_at_a_source_has_a_finite_gradient(crosscoder
     assert not crosscoder.W_dec.grad[:, 1].any() and crosscoder.W_dec.grad[:, 0].any()
 
 
-def test_encode_and_decode_have_gradients_whatever_the_leading_axes(crosscoder):
+def test_encode_and_decode_have_gradients_whatever_the_leading_axes(crosscoder, fold):
     x = torch.randn(2, 4, 3, 5, generator=torch.Generator().manual_seed(2)).requires_grad_()
-    weights = crosscoder.fold()
+    weights = fold(crosscoder)
     plain = torch.relu(torch.einsum("bpld,lds->bps", x, weights["W_enc"]) + weights["b_enc"])
     plain = torch.einsum("bps,sld->bpld", plain, weights["W_dec"]) + weights["b_dec"]
     (wanted,) = torch.autograd.grad(plain.pow(2).sum(), x)
@@ -90,6 +97,14 @@ def test_initialisation_is_transposed_has_the_norm_at_each_source_and_leaves_the
     assert torch.equal(first.W_dec, again.W_dec) and not torch.equal(first.W_dec, other.W_dec)
 
 
+def test_a_norm_list_is_what_each_source_is_divided_by():
+    crosscoder = crosscoder_for(3, 5, 7, norm="0.5,2,3")
+    assert crosscoder.norm_factor.tolist() == [0.5, 2, 3]
+    x = torch.ones(2, 3, 5)
+    assert crosscoder.normalise(x)[0, :, 0].tolist() == pytest.approx([2, 1 / 2, 1 / 3])
+    assert crosscoder_for(3, 5, 7).norm_factor.tolist() == [1, 1, 1]
+
+
 def test_it_takes_raw_activations_and_gives_raw_reconstructions(crosscoder):
     """Scaling a source and its norm_factor together scales its reconstruction and changes nothing else."""
     x = torch.randn(4, 3, 5, generator=torch.Generator().manual_seed(2))
@@ -102,9 +117,9 @@ def test_it_takes_raw_activations_and_gives_raw_reconstructions(crosscoder):
     assert crosscoder.get_losses(x_scaled).l2_loss.item() == pytest.approx(losses.l2_loss.item(), rel=1e-5)
 
 
-def test_fold_gives_plain_weights(crosscoder):
+def test_fold_gives_plain_weights(crosscoder, fold):
     x = torch.randn(4, 3, 5, generator=torch.Generator().manual_seed(2))
-    w = crosscoder.fold()
+    w = fold(crosscoder)
     acts = torch.relu(torch.einsum("bld,lds->bs", x, w["W_enc"]) + w["b_enc"])
     assert torch.allclose(acts, crosscoder.encode(x), atol=1e-5)
     assert torch.allclose(torch.einsum("bs,sld->bld", acts, w["W_dec"]) + w["b_dec"], crosscoder(x), atol=1e-4)

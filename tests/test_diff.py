@@ -1,4 +1,4 @@
-"""Two models: what is mixed, padded, tied and held at zero, and the metrics that tell whose a latent is."""
+"""Two models: what is mixed, tied and held at zero, and what tells whose a latent is."""
 import json
 import re
 
@@ -8,19 +8,20 @@ import pytest
 import torch
 from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
-import utils
-from conftest import ROOT
+import train
+from conftest import ROOT, open_models
 from planted import functions_of_scratch, run
-from utils import TINY, CrossCoder, Trainer, evaluate, get_relative_norms, get_stacked_resids, load_models, load_tokens, make_cfg
+from train import TINY, get_tokenizer, load_models, load_tokens, make_cfg
+from utils import CrossCoder, Trainer, get_stats
 
-TWO = f"{TINY / 'base'},{TINY / 'tuned'}"
+SCRATCH = functions_of_scratch()
 SMALL = dict(preset="diff-tiny", enc_dtype="fp32", batch_size=64, buffer_mult=16, dict_size=256, model_batch_size=8, eval_seqs=8,
              num_tokens=64 * 40, device="cpu", k=12, n_exclusive=0)
 
 
 @pytest.fixture(scope="module")
 def two():
-    return load_models(make_cfg(**SMALL))
+    return open_models(make_cfg(**SMALL))
 
 
 def data(rows, n_layers=4, d_model=6):
@@ -41,7 +42,7 @@ def crosscoder_for(n_layers=4, d_model=6, **overrides):
 def test_a_mix_has_its_shares_throughout(two, tmp_path):
     kjv, wordnet = np.load(TINY / "kjv.npy"), np.load(TINY / "wordnet.npy")
     np.save(tmp_path / "short.npy", wordnet[:300])
-    tokens = load_tokens(make_cfg(**SMALL, tokens=f"{TINY / 'kjv.npy'}:3,{tmp_path / 'short.npy'}:1"), two[0].tokenizer)
+    tokens = load_tokens(make_cfg(**SMALL, tokens=f"{TINY / 'kjv.npy'}:3,{tmp_path / 'short.npy'}:1"), get_tokenizer(two))
     assert tokens.shape == (1200, 128)  # until one is used up
     is_kjv = [row in {r.tobytes() for r in kjv[:900]} for row in (row.numpy().tobytes() for row in tokens)]
     assert sum(is_kjv) == 900
@@ -50,37 +51,38 @@ def test_a_mix_has_its_shares_throughout(two, tmp_path):
     for shares in (("", ""), (":1", ":-1"), (":nan", ":1"), (":0", ":1"), (":a", ":b")):
         mix = ",".join(f"{TINY / name}{share}" for name, share in zip(("kjv.npy", "wordnet.npy"), shares))
         with pytest.raises(ValueError, match="^tokens=.*its share"):
-            load_tokens(make_cfg(**SMALL, tokens=mix), two[0].tokenizer)
+            load_tokens(make_cfg(**SMALL, tokens=mix), get_tokenizer(two))
 
 
 def test_more_of_a_mix_begins_with_the_same_rows_and_ids_of_two_types_go_together(two, tmp_path):
     wordnet = np.load(TINY / "wordnet.npy")
     np.save(tmp_path / "short.npy", wordnet[:101].astype(np.int64))
     np.save(tmp_path / "long.npy", wordnet[:307].astype(np.int64))
-    short, long = (load_tokens(make_cfg(**SMALL, tokens=f"{TINY / 'kjv.npy'}:0.3,{tmp_path / name}:0.7"), two[0].tokenizer)
+    short, long = (load_tokens(make_cfg(**SMALL, tokens=f"{TINY / 'kjv.npy'}:0.3,{tmp_path / name}:0.7"), get_tokenizer(two))
                    for name in ("short.npy", "long.npy"))
     assert 140 < len(short) < len(long) and torch.equal(short[:-6], long[: len(short) - 6])
 
 
-def test_a_mix_of_text_and_chat_keeps_the_control_tokens_for_both_models(two, tmp_path, monkeypatch):
-    monkeypatch.setattr(utils, "HF_HOME", str(tmp_path / "hf_home"))
-    for name in ("text", "chat"):
+def test_a_mix_of_text_and_chat_keeps_the_control_tokens_for_both_models(tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "HF_HOME", str(tmp_path / "hf_home"))
+    for name in ("text", "chat", "tuned"):
         (tmp_path / name).mkdir()
     text = "In the beginning God created the heaven and the earth. "
     (tmp_path / "text" / "0.txt").write_text(text * 2000)
+    tuned = AutoTokenizer.from_pretrained(TINY / "tuned")
+    tuned.chat_template = "{{ bos_token }}{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
+    for file in ("config.json", "model.safetensors"):
+        (tmp_path / "tuned" / file).write_bytes((TINY / "tuned" / file).read_bytes())
+    tuned.save_pretrained(tmp_path / "tuned")
+    cfg = make_cfg(**{**SMALL, "tokens": "", "dataset": f"{tmp_path / 'text'}:0.5,{tmp_path / 'chat'}:0.5",
+                      "model_name": f"{TINY / 'base'},{tmp_path / 'tuned'}"})
+    models = load_models(cfg)
+    tokenizer = get_tokenizer(models)
+    assert not models[0].tokenizer.chat_template  # the first has none of its own, and is left as it is
     chat = [{"role": "user", "content": "Who made it?"}, {"role": "assistant", "content": "And God said, " * 40}]
     for column in ("conversation", "messages"):
         (tmp_path / "chat" / "all.jsonl").write_text(json.dumps({column: chat}) + "\n" + json.dumps({column: chat}) + "\n")
-        tuned = AutoTokenizer.from_pretrained(TINY / "tuned")
-        tuned.chat_template = "{{ bos_token }}{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
-        for file in ("config.json", "model.safetensors"):
-            (tmp_path / "tuned").mkdir(exist_ok=True)
-            (tmp_path / "tuned" / file).write_bytes((TINY / "tuned" / file).read_bytes())
-        tuned.save_pretrained(tmp_path / "tuned")
-        cfg = make_cfg(**{**SMALL, "tokens": "", "dataset": f"{tmp_path / 'text'}:0.5,{tmp_path / 'chat'}:0.5",
-                          "model_name": f"{TINY / 'base'},{tmp_path / 'tuned'}"})
-        models = load_models(cfg)  # the first has no chat template of its own
-        tokens = load_tokens(cfg, models[0].tokenizer)
+        tokens = load_tokens(cfg, tokenizer)
         first, second = (tuned.decode(row[1:].long()) for row in tokens[:2])
         assert first.startswith("In the beginning") and second.startswith("<user>Who made it?<assistant>And God said,")
         assert (tokens[:, 0] == tuned.bos_token_id).all()
@@ -88,10 +90,10 @@ def test_a_mix_of_text_and_chat_keeps_the_control_tokens_for_both_models(two, tm
 
 @pytest.mark.parametrize("activation", ["relu", "topk", "batchtopk", "jumprelu"])
 def test_decoders_begin_alike_and_shared_and_exclusive_latents_stay_so(two, activation):
-    tokens = load_tokens(make_cfg(**SMALL), two[0].tokenizer)[:60]
+    tokens = load_tokens(make_cfg(**SMALL), get_tokenizer(two))[:60]
     cfg = make_cfg(**small(activation, layers="1,3", n_shared=40, n_exclusive=30, aux_coeff=0.1))
     trainer = Trainer(cfg, two, tokens)
-    norms, cosines = get_relative_norms(trainer.crosscoder)
+    _, cosines = SCRATCH["get_relative_norms"](trainer.crosscoder)
     assert torch.allclose(cosines[:40], torch.ones(40)) and torch.allclose(cosines[100:], torch.ones(156))
     start = trainer.crosscoder.W_dec.detach().clone()
     trainer.dead = torch.arange(0, 256, 5)  # of all kinds, for AuxK
@@ -114,6 +116,7 @@ def test_a_tied_gradient_is_the_mean_of_both_also_when_gradients_are_added_up():
         for x in data(20).split(10):
             losses = crosscoder.get_losses(x)
             (losses.l2_loss + losses.l1_loss).backward()
+        crosscoder.constrain(crosscoder.W_enc.grad, crosscoder.W_dec.grad)  # as Trainer.step does
     wanted = free.W_dec.grad.unflatten(1, (2, 2)).mean(1).repeat(1, 2, 1)
     assert torch.allclose(tied.W_dec.grad[:5], wanted[:5], atol=1e-6)
     assert torch.allclose(tied.W_dec.grad[5:], free.W_dec.grad[5:]) and torch.allclose(tied.W_enc.grad, free.W_enc.grad)
@@ -138,34 +141,15 @@ def test_what_does_not_go_together_is_refused():
             make_cfg(device="cpu", **overrides)
 
 
-@pytest.mark.parametrize("activation", ["relu", "batchtopk", "jumprelu"])
 @pytest.mark.parametrize("narrow_first", [False, True])
-def test_a_narrower_model_is_padded_and_the_padding_counts_nowhere(tmp_path, tokens, activation, narrow_first):
+def test_a_narrower_model_is_refused_by_name(tmp_path, narrow_first):
     shape = dict(vocab_size=4096, bos_token_id=0, eos_token_id=0, n_layer=4, n_embd=48, n_head=2, n_positions=128)
-    torch.manual_seed(0)
     GPT2LMHeadModel(GPT2Config(**shape)).save_pretrained(tmp_path / "narrow")
     AutoTokenizer.from_pretrained(TINY / "base").save_pretrained(tmp_path / "narrow")
     names = [str(tmp_path / "narrow"), str(TINY / "base")][:: 1 if narrow_first else -1]
-    n = names.index(str(tmp_path / "narrow"))
-    cfg = make_cfg(**small(activation, model_name=",".join(names), aux_coeff=0.1))
-    models = load_models(cfg)
-    x = get_stacked_resids(models, tokens[:2], cfg)
-    alone = get_stacked_resids([models[n]], tokens[:2], make_cfg(**small(activation, model_name=names[n])))
-    assert x.shape[2:] == (2, 128) and torch.equal(x[:, :, n, :48], alone[:, :, 0]) and not x[:, :, n, 48:].any()
-    trainer = Trainer(cfg, models, tokens[:60])
-    trainer.dead = torch.arange(0, 256, 5)  # for AuxK
-    norms = trainer.buffer.buffer.norm(dim=-1).mean(0)
-    wanted = [norms[i].item() / (48 if i == n else 128) ** 0.5 for i in range(2)]
-    assert trainer.crosscoder.norm_factor.tolist() == pytest.approx(wanted, rel=1e-5)
-    for _ in range(30):
-        trainer.step()
-    crosscoder = trainer.crosscoder
-    assert not crosscoder.W_dec[:, n, 48:].any() and not crosscoder.W_enc[n, 48:].any() and not crosscoder.b_dec[n, 48:].any()
-    assert crosscoder.W_dec[:, n, :48].any() and crosscoder.W_dec[:, 1 - n, 48:].any()
-    metrics = trainer.evaluate()
-    assert all(np.isfinite(value) for value in metrics.values())
-    with pytest.raises(ValueError, match="^n_shared=5: these models differ in width"):
-        Trainer({**cfg, "n_shared": 5}, models, tokens[:60])
+    cfg = make_cfg(**{**SMALL, "model_name": names})
+    with pytest.raises(ValueError, match=re.escape(f"model_name={names}: {names[0]} and {names[1]} differ in width")):
+        load_models(cfg)
 
 
 def test_relative_norms_cosines_and_counts_by_hand(two):
@@ -173,21 +157,21 @@ def test_relative_norms_cosines_and_counts_by_hand(two):
     e, f = torch.eye(128)[:2]
     pairs = [(3 * e, 4 * e), (e, 0 * e), (0 * e, 2 * f), (e, -e), (0.8 * e + 0.6 * f, 10 * e), (0 * e, 0 * e)]
     crosscoder.W_dec.data[:6] = torch.stack([torch.stack(pair) for pair in pairs])
-    norms, cosines = get_relative_norms(crosscoder)
+    norms, cosines = SCRATCH["get_relative_norms"](crosscoder)
     assert norms[:6].tolist() == pytest.approx([4 / 7, 0, 1, 0.5, 10 / 11, 0])
     assert cosines[:6].tolist() == pytest.approx([1, 0, 0, -1, 0.8, 0])
     crosscoder.W_enc.data.zero_()
     crosscoder.b_enc.data[:] = torch.tensor([1.0] * 4 + [-1] * 8)  # the first four are always active
     cfg = {**crosscoder.cfg, "model_batch_size": 2}
-    metrics = evaluate(crosscoder, two, load_tokens(cfg, two[0].tokenizer)[:2], cfg)
-    assert [metrics[f"diff/{key}"] for key in ("shared", "only_0", "only_1", "cosine")] == [2, 1, 1, 0]
+    freqs = get_stats(crosscoder, two, load_tokens(cfg, get_tokenizer(two))[:2], cfg)["freqs"]
+    counts = SCRATCH["get_diff_counts"](crosscoder, freqs)
+    assert [counts[key] for key in ("shared", "only_0", "only_1", "cosine")] == [2, 1, 1, 0]
     crosscoder.W_dec.data[:, 1] = 0
-    metrics = evaluate(crosscoder, two, load_tokens(cfg, two[0].tokenizer)[:2], cfg)
-    assert [metrics[f"diff/{key}"] for key in ("shared", "only_0", "cosine")] == [0, 4, 0]
+    counts = SCRATCH["get_diff_counts"](crosscoder, freqs)
+    assert [counts[key] for key in ("shared", "only_0", "cosine")] == [0, 4, 0]
 
 
 def test_latent_scaling_equals_the_formula_token_by_token():
-    scaling = functions_of_scratch()["get_latent_scaling"]
     crosscoder, x = crosscoder_for(), 3 * data(30)
     generator = torch.Generator().manual_seed(4)
     for parameter in crosscoder.parameters():
@@ -195,7 +179,7 @@ def test_latent_scaling_equals_the_formula_token_by_token():
     crosscoder.norm_factor.copy_(torch.linspace(0.5, 2, 4))
     own = torch.arange(12) % 2
     with torch.no_grad():
-        nu_eps, nu_r = scaling(crosscoder, x.split(8), own)
+        nu_eps, nu_r = SCRATCH["get_latent_scaling"](crosscoder, x.split(8), own)
         y = (x / crosscoder.norm_factor[:, None]).unflatten(1, (2, -1)).flatten(2)  # [row, model, d]
         f = crosscoder.encode(x)
         x_hat = (crosscoder(x) / crosscoder.norm_factor[:, None]).unflatten(1, (2, -1)).flatten(2)
@@ -212,8 +196,8 @@ def test_latent_scaling_equals_the_formula_token_by_token():
 
 
 def test_latent_scaling_finds_the_planted_truth_where_relative_norms_do_not():
-    get_exclusive = functions_of_scratch()["get_exclusive"]
-    relu, batchtopk = (run(activation, 0, get_exclusive, num_tokens=200_000) for activation in ("relu", "batchtopk"))
+    relu = run("relu", 0, SCRATCH["get_exclusive"], num_tokens=140_000)
+    batchtopk = run("batchtopk", 0, SCRATCH["get_exclusive"], num_tokens=200_000)
     (before, found), (after, still_found) = relu["scores"]
     assert before < 0.8 and after > 0.95 and found == still_found == 1
     assert min(min(each) for each in batchtopk["scores"]) > 0.95
@@ -227,18 +211,20 @@ def gradients_back_on():
 
 @pytest.mark.parametrize("activation", ["relu", "batchtopk"])
 def test_the_cells_on_model_diffing_run_on_two_models(two, activation, capsys, gradients_back_on):
-    cfg = make_cfg(**small(activation, num_tokens=64 * 400, n_exclusive=20))
-    Trainer(cfg, two, load_tokens(cfg, two[0].tokenizer)[:80]).train()
+    cfg = make_cfg(**small(activation, num_tokens=64 * 200, n_exclusive=20))
+    Trainer(cfg, two, load_tokens(cfg, get_tokenizer(two))[:80]).train()
     first, *others = re.split(r"^(?=# %%)", (ROOT / "scratch.py").read_text(), flags=re.MULTILINE)[1:]
-    loaded: dict = {}
-    exec(first, loaded)
     cells = [cell for cell in others if cell.startswith("# %% Model diff")]
     assert len(cells) == 6
     (scaling,) = (cell for cell in cells if "latent scaling" in cell.split("\n")[0])
+    loaded: dict = {}
+    exec(first, loaded)
     exec(scaling, loaded)
+    assert loaded["table"]["active"].any()
     for cell in cells:
         names = dict(loaded)
-        exec(cell, names)
+        if cell != scaling:
+            exec(cell, names)
         for name in re.findall(r"^(fig_\w+)$", cell, flags=re.MULTILINE):
             assert isinstance(names[name], go.Figure) and names[name].data and names[name].layout.title.text
     out = capsys.readouterr().out

@@ -1,7 +1,12 @@
+import json
+
 import pytest
 import torch
 
-from utils import TINY, CrossCoder, evaluate, get_ce, get_sources, get_stacked_resids, get_stats, load_models, make_cfg
+from conftest import open_models
+from train import RECIPES, TINY, USED_BY, make_cfg
+from utils import (
+    CrossCoder, evaluate, get_ce, get_identity, get_sources, get_stacked_resids, get_stats, iter_rows, source_names)
 
 
 @pytest.fixture
@@ -68,7 +73,7 @@ def identity(cfg, n_layers, d_model):
     {}, {"center": True}, {"site": "z", "layers": "1,2"}, {"model_name": f"{TINY / 'base'},{TINY / 'tuned'}", "layers": "2"}])
 def test_a_perfect_reconstruction_costs_nothing_and_the_mean_costs_much(tokens, cfg, overrides):
     cfg = make_cfg(**{**cfg, **overrides})
-    models = load_models(cfg)
+    models = open_models(cfg)
     n_layers, d_model = get_stacked_resids(models, tokens[:1], cfg).shape[2:]
     metrics = evaluate(identity(cfg, n_layers, d_model), models, tokens[-10:], cfg)
     assert metrics["fvu/all"] < 1e-6 and metrics["ce/clean"] > 1
@@ -82,7 +87,7 @@ def test_a_perfect_reconstruction_costs_nothing_and_the_mean_costs_much(tokens, 
 
 def test_a_splice_at_resid_mid_also_changes_what_goes_round_the_mlp(held_out, cfg):
     """The same as attention writing what is missing."""
-    models, others = (load_models({**cfg, "site": site}) for site in ("resid_mid", "attn_out"))
+    models, others = (open_models({**cfg, "site": site}) for site in ("resid_mid", "attn_out"))
     batch = held_out.long()
     mid, pre = (get_stacked_resids(models, batch, {**cfg, "site": f"resid_{site}"})[:, :, 1] for site in ("mid", "pre"))
     new = mid.mean((0, 1)).expand_as(mid)
@@ -94,7 +99,7 @@ def test_a_splice_at_resid_mid_also_changes_what_goes_round_the_mlp(held_out, cf
 
 def test_ce_is_each_models_own(tokens, cfg):
     cfg = make_cfg(**{**cfg, "model_name": f"{TINY / 'base'},{TINY / 'tuned'}", "layers": "2"})
-    models = load_models(cfg)
+    models = open_models(cfg)
     crosscoder = identity(cfg, 2, 128)
     crosscoder.W_dec.data[:, 1] = 0  # nothing is written to the second model
     metrics = evaluate(crosscoder, models, tokens[-10:], cfg)
@@ -103,9 +108,45 @@ def test_ce_is_each_models_own(tokens, cfg):
     assert metrics["ce/delta_all"] == pytest.approx(metrics["ce/delta_tuned:resid_post.2"] / 2, abs=1e-4)
 
 
-def test_ignored_tokens_keep_their_own_activations_in_cross_entropies(models, held_out, cfg):
-    crosscoder = CrossCoder(cfg, 4, 128)  # untrained, and so of great cost
-    cost = evaluate(crosscoder, models, held_out, cfg)["ce/delta_resid_post.1"]
-    common = held_out.flatten().long().bincount().argsort(descending=True).tolist()
-    metrics = evaluate(crosscoder, models, held_out, {**cfg, "ignore_tokens": ",".join(map(str, common[:20]))})
-    assert metrics["ce/delta_resid_post.1"] < 0.9 * cost
+def test_position_0_is_left_out_of_the_rows(models, held_out, cfg):
+    rows = torch.cat([*iter_rows(models, held_out, cfg)])
+    assert torch.equal(rows, get_stacked_resids(models, held_out, {**cfg, "model_batch_size": 10})[:, 1:].flatten(0, 1))
+
+
+def write_as_earlier_versions(folder):
+    """Has a checkpoint's cfg.json as they wrote it, and the manifest say so: a list is text, norm a word, what the
+    activation does not use is left out, and there are two keys more."""
+    file = folder / "cfg.json"
+    cfg = json.loads(file.read_text())
+    for key, value in cfg.items():
+        if isinstance(value, list):
+            cfg[key] = ",".join(map(str, value))
+    cfg |= {"layers": cfg["layers"] or "all", "norm": "estimate", "loss_weights": "", "ignore_tokens": ""}
+    for key, activations in USED_BY.items():
+        if cfg["activation"] not in activations:
+            del cfg[key]
+    if not cfg["n_shared"]:
+        cfg.pop("shared_penalty", None)
+    file.write_text(json.dumps(cfg, indent=2) + "\n")
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["cfg.json"] = get_identity(file)
+    (folder / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n")
+
+
+@pytest.mark.parametrize("overrides", [
+    *({"activation": activation} for activation in RECIPES), {"layers": "3,1"},
+    {"model_name": f"{TINY / 'base'},{TINY / 'tuned'}", "layers": "2", "activation": "batchtopk", "n_shared": 20},
+    {"model_name": f"{TINY / 'base'},{TINY / 'tuned'}", "layers": "2", "n_shared": 20, "n_exclusive": 30}])
+def test_a_checkpoint_of_an_earlier_version_evaluates_the_same(cfg, held_out, tmp_path, overrides):
+    cfg = make_cfg(**{**cfg, **overrides})
+    models = open_models(cfg)
+    x = get_stacked_resids(models, held_out, cfg)[:, 1:].flatten(0, 1)
+    crosscoder = CrossCoder(cfg, *x.shape[1:])
+    crosscoder.norm_factor.copy_(torch.linspace(0.5, 2, x.shape[1]))
+    crosscoder.calibrate(x)
+    crosscoder.save(tmp_path / "step_0000001")
+    write_as_earlier_versions(tmp_path / "step_0000001")
+    loaded = CrossCoder.load(tmp_path)
+    assert evaluate(loaded, models, held_out[:4], cfg) == evaluate(crosscoder, models, held_out[:4], cfg)
+    assert source_names(loaded.cfg, x.shape[1]) == source_names(cfg, x.shape[1])
+    assert make_cfg(**loaded.cfg) == cfg  # which opens the same models and text

@@ -3,7 +3,10 @@ import pytest
 import torch
 
 from planted import functions_of_scratch
-from utils import PUBLISHED_NORMS, TINY, CrossCoder, Trainer, load_models, load_tokens, make_cfg
+from train import PRESETS, TINY, get_tokenizer, load_models, load_tokens, make_cfg
+from utils import CrossCoder, Trainer
+
+PUBLISHED_NORMS = PRESETS["gpt2-published"]["norm"]
 
 
 @pytest.fixture(scope="module")
@@ -118,7 +121,7 @@ def test_gelu_1l_trains_on_the_mlp_of_a_one_layer_model(tmp_path, tokens):
                    buffer_mult=32, dict_size=1024, num_tokens=100_000, lr=1e-3, eval_seqs=8, model_batch_size=16, device="cpu",
                    l1_coeff=1, wandb_mode="disabled")
     models = load_models(cfg)
-    trainer = Trainer(cfg, models, load_tokens(cfg, models[0].tokenizer))
+    trainer = Trainer(cfg, models, load_tokens(cfg, get_tokenizer(models)))
     assert trainer.crosscoder.W_enc.shape == (1, 512, 1024)
     metrics = trainer.train()
     assert metrics["fvu/post.0"] < 0.2 and metrics["sparsity/l0"] < 150

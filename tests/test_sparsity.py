@@ -1,11 +1,16 @@
 """The activations: which latents are active, their gradients and penalties, the dead, and how they start."""
 import json
 
+import numpy as np
 import pytest
+import safetensors.torch
 import torch
 
 import utils
-from utils import TINY, CrossCoder, Trainer, iter_rows, make_cfg
+from conftest import open_models
+from planted import functions_of_scratch
+from train import TINY, make_cfg
+from utils import CrossCoder, Trainer, get_stats, iter_rows
 
 ALL = ("relu", "topk", "batchtopk", "jumprelu")
 
@@ -63,16 +68,13 @@ def slow_losses(activation, weights, norm_factor, x, k):
     return l2 / len(x), l1 / len(x), aux / len(x), kept
 
 
-@pytest.mark.parametrize("sparse", [False, True])
-@pytest.mark.parametrize("activation", ALL)
-def test_losses_and_gradients_equal_a_slow_loop_in_float64(activation, sparse):
-    crosscoder, x = crosscoder_for(activation), data(9)
-    if sparse:
-        if activation not in ("topk", "batchtopk"):
-            pytest.skip("its decoding is dense")
-        crosscoder = crosscoder_for(activation, dict_size=64, k=1)
+@pytest.mark.parametrize("activation, overrides", [
+    *((activation, {}) for activation in ALL),
+    ("topk", {"dict_size": 64, "k": 1}), ("batchtopk", {"dict_size": 64, "k": 1})])  # whose decoding is sparse
+def test_losses_and_gradients_equal_a_slow_loop_in_float64(activation, overrides):
+    crosscoder, x = crosscoder_for(activation, **overrides), data(9)
     slow = [parameter.detach().double().requires_grad_() for parameter in crosscoder.parameters()]
-    *wanted, kept = slow_losses(activation, slow, crosscoder.norm_factor.double(), x.double(), crosscoder.cfg.get("k"))
+    *wanted, kept = slow_losses(activation, slow, crosscoder.norm_factor.double(), x.double(), crosscoder.cfg["k"])
     penalty = 0 if "topk" in activation else 3  # which has no gradient there
     (wanted[0] + penalty * wanted[1] + 1e5 * wanted[2]).backward()
     losses = crosscoder.get_losses(x)
@@ -84,6 +86,20 @@ def test_losses_and_gradients_equal_a_slow_loop_in_float64(activation, sparse):
         assert (parameter.grad - reference.grad).norm() / reference.grad.norm() < 1e-5, name
 
 
+@pytest.mark.parametrize("dict_size", [12, 256])  # decoded densely and, by topk and batchtopk, sparsely
+@pytest.mark.parametrize("activation", ALL)
+def test_get_losses_changes_nothing(activation, dict_size):
+    crosscoder, x = crosscoder_for(activation, dict_size=dict_size, aux_coeff=0.1), data(40)
+    crosscoder.fit_threshold(data(100, seed=3))
+    before = {name: tensor.clone() for name, tensor in crosscoder.state_dict().items()}
+    state, dead = torch.get_rng_state(), torch.arange(5)
+    first, second = (crosscoder.get_losses(x, k=2, dead=dead) for _ in range(2))
+    (first.l2_loss + first.l1_loss + first.aux_loss).backward()
+    assert all(torch.equal(a, b) for a, b in zip(first, second))
+    assert all(torch.equal(tensor, before[name]) for name, tensor in crosscoder.state_dict().items())
+    assert torch.equal(x, data(40)) and torch.equal(dead, torch.arange(5)) and torch.equal(torch.get_rng_state(), state)
+
+
 @pytest.mark.parametrize("activation", ["topk", "batchtopk"])
 def test_sparse_and_dense_decoding_are_the_same(activation, monkeypatch):
     one, other = (crosscoder_for(activation, dict_size=256, k=4) for _ in range(2))
@@ -93,8 +109,10 @@ def test_sparse_and_dense_decoding_are_the_same(activation, monkeypatch):
     sparse = one.get_losses(x)
     assert calls
     (sparse.l2_loss).backward()
-    dense = other._keep(other._pre_acts(x / other.norm_factor[:, None]), 4)[0]
-    (other.decode(dense) / other.norm_factor[:, None] - x / other.norm_factor[:, None]).pow(2).sum().div(50).backward()
+    y = other.normalise(x)
+    h = other.get_pre_acts(y)
+    dense = other.keep(h, other.choose(h, 4)[0])
+    (other.normalise(other.decode(dense)) - y).pow(2).sum().div(50).backward()
     for (name, a), b in zip(one.named_parameters(), other.parameters()):
         assert torch.allclose(a.grad, b.grad, rtol=1e-4, atol=1e-4), name
 
@@ -104,7 +122,10 @@ def test_topk_keeps_k_a_row_and_batchtopk_k_a_row_on_average():
     for activation in ("topk", "batchtopk"):
         crosscoder = crosscoder_for(activation, dict_size=64, k=4)
         crosscoder.b_enc.data += 3  # so that enough are positive
-        acts, places, _ = crosscoder._keep(crosscoder._pre_acts(x), 4)
+        h = crosscoder.get_pre_acts(x)
+        places, scores = crosscoder.choose(h, 4)
+        acts = crosscoder.keep(h, places)
+        assert torch.equal(scores.sort().values, (acts * crosscoder.get_decoder_norms()).flatten()[places].sort().values)
         assert (acts > 0).sum() == 4 * 200 == len(places.unique())
         assert torch.equal(places.sort().values, (acts.flatten() > 0).nonzero().flatten())
         assert torch.equal(places // 64, (places // 64).sort().values)  # row by row
@@ -114,7 +135,7 @@ def test_topk_keeps_k_a_row_and_batchtopk_k_a_row_on_average():
 @pytest.mark.parametrize("activation", ALL)
 def test_a_row_does_not_depend_on_the_batch_it_is_in(activation):
     crosscoder, x = crosscoder_for(activation), data(40)
-    crosscoder.fit_threshold([x])
+    crosscoder.fit_threshold(x)
     acts = crosscoder.encode(x)
     assert acts.any() and torch.allclose(torch.cat([crosscoder.encode(row[None]) for row in x]), acts, atol=1e-6)
     assert torch.equal(crosscoder.encode(x.view(4, 10, 3, 5)), acts.view(4, 10, -1))
@@ -123,7 +144,7 @@ def test_a_row_does_not_depend_on_the_batch_it_is_in(activation):
 @pytest.mark.parametrize("activation", ALL)
 def test_scaling_an_encoder_up_and_its_decoder_down_changes_no_score(activation):
     crosscoder, x = crosscoder_for(activation), data(40)
-    crosscoder.fit_threshold([x])
+    crosscoder.fit_threshold(x)
     losses = crosscoder.get_losses(x)
     scores, x_hat = crosscoder.encode(x) * crosscoder.get_decoder_norms(), crosscoder(x)
     c = torch.linspace(0.2, 5, 12)
@@ -143,11 +164,11 @@ def test_scaling_an_encoder_up_and_its_decoder_down_changes_no_score(activation)
 @pytest.mark.parametrize("activation", ALL)
 def test_fold_and_checkpoints_give_the_same_latents(activation, tmp_path):
     crosscoder, x = crosscoder_for(activation), data(40)
-    crosscoder.fit_threshold([data(100, seed=3)])
+    crosscoder.fit_threshold(data(100, seed=3))
     crosscoder.save(tmp_path / "saved")
     loaded = CrossCoder.load(tmp_path / "saved")
     assert torch.equal(loaded.encode(x), crosscoder.encode(x)) and torch.equal(loaded(x), crosscoder(x))
-    w = crosscoder.fold()
+    w = functions_of_scratch()["fold"](crosscoder)
     h = torch.einsum("bld,lds->bs", x, w["W_enc"]) + w["b_enc"]
     acts = h * (h > w["thresholds"])
     if activation == "topk":
@@ -157,8 +178,7 @@ def test_fold_and_checkpoints_give_the_same_latents(activation, tmp_path):
     assert torch.allclose(torch.einsum("bs,sld->bld", acts, w["W_dec"]) + w["b_dec"], crosscoder(x), atol=1e-3)
 
 
-def own(activation):
-    return {"activation": activation, **({"k": 12} if "topk" in activation else {"l0_coeff": 0.3} if activation == "jumprelu" else {})}
+OWN = {"relu": {}, "topk": {"k": 12}, "batchtopk": {"k": 12}, "jumprelu": {"l0_coeff": 0.3}}
 
 
 @pytest.fixture(scope="module")
@@ -168,18 +188,22 @@ def small():
                 num_tokens=64 * 40, device="cpu")
 
 
+def cfg_for(small, activation, **overrides):
+    return make_cfg(**{**small, "activation": activation, **OWN[activation], **overrides})
+
+
 @pytest.mark.parametrize("sources", [{"layers": "2"}, {}, {"model_name": f"{TINY / 'base'},{TINY / 'tuned'}"}])
 @pytest.mark.parametrize("activation", ALL)
 def test_fvu_is_not_above_one_at_the_start(small, tokens, activation, sources):
-    cfg = make_cfg(**{**small, "dict_size": 1024, **own(activation), **sources})
-    loaded = utils.load_models(cfg)
+    cfg = cfg_for(small, activation, dict_size=1024, **sources)
+    loaded = open_models(cfg)
     trainer = Trainer(cfg, loaded, tokens[:60])
-    assert utils.get_stats(trainer.crosscoder, loaded, tokens[60:68], cfg)["fvu_all"] < (1.2 if activation == "relu" else 1)
+    assert get_stats(trainer.crosscoder, loaded, tokens[60:68], cfg)["fvu_all"] < (1.2 if activation == "relu" else 1)
 
 
 @pytest.mark.parametrize("activation", ALL)
 def test_every_kind_trains_and_resumes_to_the_last_bit(small, models, tokens, tmp_path, activation):
-    cfg = make_cfg(**{**small, **own(activation), "dead_after": 200, "aux_coeff": 0.1, "save_dir": str(tmp_path)})
+    cfg = cfg_for(small, activation, num_tokens=64 * 160, dead_after=200, aux_coeff=0.1, save_dir=str(tmp_path))
     one, other = (Trainer(cfg, models, tokens[:60]) for _ in range(2))
     for trainer in (one, other):
         trainer.crosscoder.b_enc.data[:5] -= 100  # dead
@@ -191,71 +215,112 @@ def test_every_kind_trains_and_resumes_to_the_last_bit(small, models, tokens, tm
     for _ in range(15):
         metrics = resumed.step()
     assert all(metrics[key] == wanted[-1][key] for key in metrics)
-    for (name, a), b in zip(one.crosscoder.state_dict().items(), resumed.crosscoder.state_dict().values()):
-        assert torch.equal(a, b), name
+    # A threshold is fitted where it is saved.
+    states = [safetensors.torch.load_file(trainer.save() / "crosscoder.safetensors") for trainer in (one, resumed)]
+    for name, tensor in states[0].items():
+        assert torch.equal(tensor, states[1][name]), name
 
 
-def test_the_threshold_of_batchtopk_gives_k_on_text_it_was_not_fitted_on(small, models, tokens):
-    cfg = make_cfg(**{**small, **own("batchtopk"), "num_tokens": 64 * 400, "eval_seqs": 64})
-    trainer = Trainer(cfg, models, tokens[:160])
-    trainer.train()
-    trained = trainer.crosscoder.threshold.clone()
-    for text in (trainer.eval_tokens, tokens[160:260]):
-        l0 = utils.get_stats(trainer.crosscoder, models, text, cfg)["l0"].item()
-        assert l0 == pytest.approx(12, rel=0.05)
-    trainer.crosscoder.fit_threshold(iter_rows(models, tokens[160:260], cfg))
-    assert 0 < abs(trainer.crosscoder.threshold - trained) < 0.1 * trained
+@pytest.fixture(scope="module")
+def trained(small, models, tokens, tmp_path_factory):
+    """A batchtopk crosscoder, trained but not yet evaluated or saved. For tests that do not train it further."""
+    folder = tmp_path_factory.mktemp("trained")
+    cfg = cfg_for(small, "batchtopk", batch_size=256, num_tokens=256 * 100, eval_seqs=24, save_dir=str(folder))
+    trainer = Trainer(cfg, models, tokens[:600])
+    for _ in range(trainer.total_steps):
+        trainer.step()
+    return trainer
 
 
-@pytest.mark.parametrize("activation", ALL)
-def test_aux_k_revives_latents_killed_on_purpose(small, models, tokens, activation):
-    cfg = make_cfg(**{**small, **own(activation), "num_tokens": 64 * 400, "dead_after": 64 * 20})
+def test_the_threshold_of_batchtopk_gives_k_on_text_it_was_not_fitted_on(trained, models, tokens):
+    assert trained.evaluate()["sparsity/l0"] == pytest.approx(12, rel=0.05)
+    assert get_stats(trained.crosscoder, models, tokens[600:700], trained.cfg)["l0"].item() == pytest.approx(12, rel=0.05)
+    threshold = trained.crosscoder.threshold.clone()
+    trained.crosscoder.fit_threshold(torch.cat([*iter_rows(models, tokens[600:700], trained.cfg)]))
+    assert 0 < abs(trained.crosscoder.threshold - threshold) < 0.1 * threshold
+
+
+def test_the_threshold_is_fitted_to_rows_of_the_buffer_and_not_to_held_out_text(trained, models, tmp_path, monkeypatch):
+    crosscoder = trained.crosscoder
+    crosscoder.fit_threshold(trained.buffer.peek())
+    wanted = crosscoder.threshold.clone()
+    crosscoder.fit_threshold(torch.cat([*iter_rows(models, trained.eval_tokens, trained.cfg)]))
+    assert crosscoder.threshold != wanted
+    other_text = torch.from_numpy(np.load(TINY / "wordnet.npy")[:8])
+    for text in (trained.eval_tokens[:8], other_text):
+        monkeypatch.setattr(trained, "eval_tokens", text)
+        crosscoder.threshold.fill_(0)
+        trained.evaluate()
+        assert crosscoder.threshold == wanted
+    crosscoder.threshold.fill_(0)
+    monkeypatch.setattr(trained, "run_dir", tmp_path)
+    assert CrossCoder.load(trained.save()).threshold == crosscoder.threshold == wanted
+
+
+def test_to_evaluate_and_to_save_serves_no_rows(trained, tmp_path, monkeypatch):
+    before = trained.buffer.peek()
+    monkeypatch.setattr(trained, "run_dir", tmp_path)
+    monkeypatch.setattr(trained, "eval_tokens", trained.eval_tokens[:1])
+    trained.evaluate()
+    assert trained.save()
+    assert torch.equal(trained.buffer.peek(), before) and trained.buffer.rows_served == trained.step_counter * 256
+
+
+def test_the_threshold_is_the_lowest_score_that_is_kept():
+    crosscoder, x = crosscoder_for("batchtopk"), data(40)
+    crosscoder.b_enc.data += 3  # so that enough are positive
+    crosscoder.fit_threshold(x)
+    scores = torch.relu(crosscoder.get_pre_acts(crosscoder.normalise(x))) * crosscoder.get_decoder_norms()
+    assert crosscoder.threshold == scores.flatten().sort(descending=True).values[3 * 40 - 1] > 0
+    assert abs(int((crosscoder.encode(x) > 0).sum()) - 3 * 40) <= 1  # itself, by rounding
+
+
+@pytest.mark.parametrize("activation", ["relu", "topk", "jumprelu"])
+def test_other_kinds_have_no_threshold_to_fit(activation):
+    crosscoder = crosscoder_for(activation)
+    crosscoder.fit_threshold(data(40))
+    assert crosscoder.threshold == 0
+
+
+@pytest.mark.parametrize("activation, steps", [("relu", 200), ("topk", 400), ("batchtopk", 400), ("jumprelu", 200)])
+def test_aux_k_revives_latents_killed_on_purpose(small, models, tokens, activation, steps):
+    cfg = cfg_for(small, activation, num_tokens=64 * 400, dead_after=64 * 20)
     alive = {}
     for aux_coeff in (0, 1 / 32):
         trainer = Trainer({**cfg, "aux_coeff": aux_coeff}, models, tokens[:60])
-        h = trainer.crosscoder._pre_acts(trainer.buffer.buffer / trainer.crosscoder.norm_factor[:, None])
+        h = trainer.crosscoder.get_pre_acts(trainer.crosscoder.normalise(trainer.buffer.buffer))
         trainer.crosscoder.b_enc.data[:100] -= h.amax(0)[:100] + 0.1  # nowhere positive
-        for _ in range(400):
+        for _ in range(steps):
             trainer.step()
         alive[aux_coeff] = (trainer.tokens_since_fired[:100] < cfg["dead_after"]).sum().item()
     assert alive[1 / 32] > alive[0] + 15, alive
 
 
 def test_k_falls_and_the_penalty_of_jumprelu_rises(small, models, tokens):
-    trainer = Trainer(make_cfg(**{**small, **own("batchtopk")}), models, tokens[:60])
+    trainer = Trainer(cfg_for(small, "batchtopk"), models, tokens[:60])
     trainer.total_steps = 1000
     for trainer.step_counter, k in {0: 96, 25: 54, 50: 12, 900: 12}.items():
         assert trainer.get_k() == k and trainer.get_l1_coeff() == 0
-    trainer = Trainer(make_cfg(**{**small, **own("jumprelu")}), models, tokens[:60])
+    trainer = Trainer(cfg_for(small, "jumprelu"), models, tokens[:60])
     trainer.total_steps = 1000
     for trainer.step_counter, share in {0: 0, 500: 0.5, 1000: 1}.items():
-        assert trainer.get_l1_coeff() == pytest.approx(0.3 * share) and trainer.get_k() is None
-
-
-def test_loss_weights_weigh_the_sources(tmp_path):
-    plain, weighted = (crosscoder_for("relu", loss_weights=weights) for weights in ("", "1,0,3"))
-    x = data(20)
-    error = (plain(x) - x) / plain.norm_factor[:, None]
-    errors = error.pow(2).sum((0, 2)) / 20
-    assert plain.get_losses(x).l2_loss.item() == pytest.approx(errors.sum().item(), rel=1e-5)
-    assert weighted.get_losses(x).l2_loss.item() == pytest.approx((errors[0] + 3 * errors[2]).item(), rel=1e-5)
-    assert weighted.get_losses(x).fvu == plain.get_losses(x).fvu
-    weighted.save(tmp_path / "saved")
-    assert CrossCoder.load(tmp_path / "saved").loss_weights.tolist() == [1, 0, 3]
-    with pytest.raises(ValueError, match="^loss_weights='1,2'.*3 sources"):
-        crosscoder_for("relu", loss_weights="1,2")
+        assert trainer.get_l1_coeff() == pytest.approx(0.3 * share)
 
 
 def test_a_key_that_the_activation_does_not_use_is_refused():
-    for overrides, said in (({"k": 64}, "^k=64: activation=relu does not use it.*topk or batchtopk"),
-                            ({"activation": "topk", "l1_coeff": 2}, "^l1_coeff=2: .*it is for activation=relu"),
+    for overrides, said in (({"k": 65}, "^k=65: activation=relu does not use it.*topk or batchtopk"),
+                            ({"activation": "topk", "l1_coeff": 3}, "^l1_coeff=3.0: .*it is for activation=relu"),
                             ({"activation": "jumprelu", "dec_init_norm": 0.1}, "^dec_init_norm"),
                             ({"activation": "batchtopk", "l0_coeff": 1}, "^l0_coeff"),
+                            ({"activation": "topk", "shared_penalty": 1}, "^shared_penalty"),
                             ({"activation": "topk", "k": 100, "dict_size": 50}, "^k=100: more than dict_size=50"),
-                            ({"activation": "gelu"}, "^activation='gelu'"), ({"loss_weights": "1,a"}, "^loss_weights")):
+                            ({"activation": "gelu"}, "^activation='gelu'")):
         with pytest.raises(ValueError, match=said):
             make_cfg(device="cpu", **overrides)
+
+
+def test_a_key_that_the_activation_does_not_use_is_there_at_its_default():
     for activation in ALL:
         cfg = make_cfg(activation=activation, device="cpu")
-        assert make_cfg(**cfg) == cfg and json.dumps(cfg)
-    assert "k" not in make_cfg(device="cpu") and make_cfg(activation="topk", device="cpu")["k"] == 64
+        assert (cfg["k"], cfg["l1_coeff"], cfg["l0_coeff"], cfg["dec_init_norm"], cfg["shared_penalty"]) == (64, 2, 5, 0.005, 0.1)
+        assert json.loads(json.dumps(cfg)) == cfg == make_cfg(**cfg)

@@ -6,18 +6,19 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-import utils
-from utils import load_tokens, make_cfg
+import train
+from conftest import open_models
+from train import TINY, get_tokenizer, load_tokens, make_cfg
 
 
 @pytest.fixture
 def tokenizer(models):
-    return models[0].tokenizer
+    return get_tokenizer(models)
 
 
 @pytest.fixture(autouse=True)
 def cache_of_its_own(tmp_path, monkeypatch):
-    monkeypatch.setattr(utils, "HF_HOME", str(tmp_path / "hf_home"))
+    monkeypatch.setattr(train, "HF_HOME", str(tmp_path / "hf_home"))
 
 
 def cfg_for(**overrides):
@@ -91,7 +92,7 @@ def test_the_second_run_starts_from_the_cache_and_changed_text_does_not(tmp_path
     cfg = cfg_for(tokens="", dataset=str(tmp_path / "text"), seq_len=32)
     first = load_tokens(cfg, tokenizer).clone()
     with monkeypatch.context() as patch:
-        patch.setattr(utils.datasets, "load_dataset", None)  # calling it would fail
+        patch.setattr(train.datasets, "load_dataset", None)  # calling it would fail
         assert torch.equal(load_tokens(cfg, tokenizer).int(), first.int())
     (tmp_path / "text" / "3.txt").write_text("He is risen. " * 50)
     assert len(load_tokens(cfg, tokenizer)) > len(first)
@@ -117,4 +118,31 @@ def test_text_that_cannot_be_used_is_refused_and_leaves_nothing(tmp_path, tokeni
             path = dataset if dataset == "no/where" else str(tmp_path / dataset)
             load_tokens(cfg_for(tokens="", dataset=path), tokenizer)
         assert str(error.value).startswith("dataset=") and "\n" not in str(error.value)
-    assert not list((tmp_path / "hf_home").glob("**/*.npy*"))
+    assert not any(file.stat().st_size for file in (tmp_path / "hf_home").glob("**/rows.bin"))
+
+
+def test_the_tokenizer_is_the_first_models_with_the_first_chat_template_of_any(monkeypatch):
+    models = open_models(cfg_for(model_name=[TINY / "base", TINY / "tuned"], layers=[2], enc_dtype="fp32", device="cpu"))
+    base, tuned = (model.tokenizer for model in models)
+    assert get_tokenizer(models).chat_template is None and get_tokenizer(models) is not base
+    assert get_tokenizer(models).get_vocab() == base.get_vocab()
+    monkeypatch.setattr(tuned, "chat_template", "{{ messages[0].content }}")
+    assert get_tokenizer(models).chat_template == tuned.chat_template and base.chat_template is None
+    assert get_tokenizer(models[:1]).chat_template is None
+    monkeypatch.setattr(base, "chat_template", "{{ messages | length }}")
+    assert get_tokenizer(models).chat_template == base.chat_template
+
+
+def test_a_chat_template_of_the_users_own_makes_conversations_text(tmp_path, models, tokenizer):
+    (tmp_path / "chat").mkdir()
+    rows = [[{"role": "user", "content": f"Jesus wept. {i}"}, {"role": "assistant", "content": "Amen."}] for i in range(30)]
+    (tmp_path / "chat" / "a.jsonl").write_text("".join(json.dumps({"messages": row}) + "\n" for row in rows))
+    cfg = cfg_for(tokens="", dataset=str(tmp_path / "chat"), seq_len=16)
+    texts = {}
+    for sign in ("#", "%"):  # of which each has a cache of its own
+        tokenizer.chat_template = "{% for m in messages %}" + sign + "{{ m.role }}: {{ m.content }} {% endfor %}"
+        tokens = load_tokens(cfg, tokenizer)
+        texts[sign] = tokenizer.decode(tokens[:, 1:].flatten().tolist())
+        assert texts[sign].startswith(f"{sign}user: Jesus wept. 0 {sign}assistant: Amen.")
+    assert texts["#"].replace("#", "%")[:400] == texts["%"][:400]
+    assert models[0].tokenizer.chat_template is None
