@@ -377,14 +377,14 @@ nu_eps, nu_r = table["nu"]
 fig_scaling = make_subplots()
 for m, name in enumerate(cfg["model_name"]):
     chosen = table["candidate"] & (table["second"] == m)
-    fig_scaling.add_scatter(x=nu_eps[chosen].numpy(), y=nu_r[chosen].numpy(), mode="markers", name=name)
+    fig_scaling.add_scatter(
+        x=nu_eps[chosen].numpy(), y=nu_r[chosen].numpy(), mode="markers", name=Path(name).name)
 fig_scaling.add_shape(type="rect", x0=-0.6, x1=0.2, y0=-0.6, y1=0.5)
 fig_scaling.update_layout(
     title=f"{table['candidate'].sum()} candidates, {table['exclusive'].sum()} exclusive: in the corner",
     xaxis_title="nu_eps: much where it was shrunk away",
     yaxis_title="nu_r: much where others stand in",
-    xaxis_range=[-0.6, 1.2],
-    yaxis_range=[-0.6, 1.2])
+    xaxis_range=[-0.6, 1.2], yaxis_range=[-0.6, 1.2])
 fig_scaling
 
 # %% Model diff: which latents do both models have, and which only one?
