@@ -134,9 +134,9 @@ class LossOutput(NamedTuple):
 
 class Product(torch.autograd.Function):
     """x @ W in the type of x and, where W has three axes, the norms of its last one. Plain autograd
-    would make two gradients of W's size, through the product and the norms, and add them in a
-    third; here one is added to the other in place. The transposed x is contiguous, which is faster
-    on a CPU. Together a fifth of the step on 2 cores: tests/RESULTS.md, Speed."""
+    would make a gradient of W's size for each of the two and a third for their sum; here the norms'
+    is added to the product's in place. The transposed x is contiguous, which is faster on a CPU. Both
+    tricks together save a fifth of the step on 2 cores: tests/RESULTS.md, Speed."""
 
     @staticmethod
     def forward(ctx, x: Float[Tensor, "batch n"], W: Float[Tensor, "n ..."]):
@@ -175,7 +175,7 @@ class CrossCoder(nn.Module):
         W_dec = torch.randn(d_sae, n_layers // self.n_models, d_model, generator=generator)
         W_dec = W_dec.repeat(1, self.n_models, 1)
         if self.activation == "relu":
-            init_norm = cfg["dec_init_norm"]  # unlike [A24]: at each source [N24], not of all together
+            init_norm = cfg["dec_init_norm"]  # unlike [A24]: of each source's vector [N24], not of all
         else:
             init_norm = 3**-0.5 / n_layers  # [J25]
         W_dec *= init_norm / W_dec.norm(dim=-1, keepdim=True)
@@ -286,8 +286,8 @@ class CrossCoder(nn.Module):
         return torch.zeros_like(h).flatten().scatter(0, places, values).view_as(h)
 
     def jump(self, h: Acts) -> Acts:
-        """JumpReLU, in fp32. The jump at the threshold has no gradient; that of a ramp of height 1 and
-        width 2 stands in for it, and only the threshold gets it [J25]. Its value is taken off again."""
+        """JumpReLU, in fp32. The jump has no gradient. In its place the threshold gets the gradient of a
+        ramp of height 1 and width 2 [J25]; the ramp's value is subtracted again."""
         threshold = self.log_threshold.exp()
         ramp = ((h.detach() - threshold) / 2).clamp(-0.5, 0.5)
         return h * (h > threshold) + (ramp - ramp.detach())
@@ -369,18 +369,18 @@ class CrossCoder(nn.Module):
         y = self.normalise(x)
         self.b_dec.copy_(y.mean(0))
         h = self.get_pre_acts(y).float()
-        wanted = h.mean(0)
+        level = h.mean(0)
         if self.activation == "jumprelu":
             tenth = math.ceil(len(h) / 10)
-            wanted = h.topk(tenth, dim=0).values[-1]
+            level = h.topk(tenth, dim=0).values[-1]
         thresholds = self.get_thresholds()
-        self.b_enc.copy_(thresholds - wanted)  # what is wanted at the threshold is now there
+        self.b_enc.copy_(thresholds - level)  # a product of this level now meets the threshold
         self.fit_threshold(x)
         y_hat = self.normalise(self(x))
         y_hat -= y_hat.mean(0)
         scale = ((y - self.b_dec) * y_hat).sum() / y_hat.pow(2).sum()
         self.W_enc *= scale
-        self.b_enc.copy_(thresholds - scale * wanted)
+        self.b_enc.copy_(thresholds - scale * level)
         self.fit_threshold(x)
         self.b_dec += self.normalise(x - self(x)).mean(0)
 
@@ -474,7 +474,8 @@ class Buffer:
         if self.pointer == 0:
             return
         end = self.next_row + self.pointer
-        # Passes end with a sequence, but the last at end, perhaps within one; the next then begins there.
+        # Each pass ends with a sequence, but for the last, which may end within one; the next refresh
+        # then runs that sequence again.
         rows_per_pass = self.cfg["model_batch_size"] * self.rows_per_seq
         first_end = self.next_row - self.next_row % self.rows_per_seq + rows_per_pass
         passes = [self.next_row, *range(first_end, end, rows_per_pass), end]
@@ -618,7 +619,7 @@ def get_ce(model, tokens: Tokens, splices: list[tuple[str, Tensor]] = []) -> flo
 
     for name, new in splices:
         hooks.append((name, partial(splice, name=name, new=new)))
-        if name.endswith("resid_mid"):  # a bridge's is what the MLP reads, not what goes round it
+        if name.endswith("resid_mid"):  # only what the MLP reads; so what goes round it is changed, too
             hooks.append((name.replace("mid", "post"), partial(add_change, name=name)))
     logits = model.run_with_hooks(tokens, return_type="logits", fwd_hooks=hooks)
     # One sequence at a time takes less memory.
@@ -855,7 +856,8 @@ class Trainer:
         if cfg["n_shared"] or cfg["n_exclusive"]:
             self.crosscoder.constrain(self.crosscoder.W_enc.grad, self.crosscoder.W_dec.grad)
 
-        # A step that is not finite is skipped; after too many in a row all are, until check_finite.
+        # A step that is not finite is skipped. After MOST_SKIPPED in a row every step is skipped, until
+        # check_finite ends the run at the next log.
         grad_norms = [p.grad.norm(dim=-1) for p in self.crosscoder.parameters()]
         grad_norm = nn.utils.get_total_norm(grad_norms)
         skip = ~(loss.detach() + grad_norm).isfinite() | (self.skipped_in_a_row >= MOST_SKIPPED)
