@@ -581,8 +581,8 @@ def check_memory(cfg: dict, memory: dict[str, int]) -> None:
         free = free_memory(device) / 1e9
         if needed > free:
             part = max(parts, key=parts.get)
-            raise bad("device", device, f"{needed:,.2f} GB are needed beyond the models, {free:,.2f} are free; "
-                      f"{parts[part] / 1e9:,.2f} are for {part}: lower {keys[part]}")
+            raise bad("device", device, f"{needed:,.2f} GB are needed beyond the models, {free:,.2f} are "
+                      f"free; {parts[part] / 1e9:,.2f} are for {part}: lower {keys[part]}")
 
 
 def free_memory(device: str) -> int:
