@@ -127,8 +127,11 @@ CHOICES = {
     "preset": list(PRESETS), "activation": list(RECIPES), "center": ["true", "false"],
     "enc_dtype": ["auto", *DTYPES], "wandb_mode": ["online", "offline", "disabled"],
 }
-LEAST = {  # what a number must be at least; all others are above 0
-    "seed": 0, "l1_coeff": 0, "aux_coeff": 0, "n_shared": 0, "n_exclusive": 0, "seq_len": 2, "buffer_mult": 2}
+LIMITS = {  # of numbers: the least, what they must be below, both in words; all others are above 0
+    **dict.fromkeys(["seed", "l1_coeff", "aux_coeff", "n_shared", "n_exclusive"], (0, math.inf, "of at least 0")),
+    **dict.fromkeys(["seq_len", "buffer_mult"], (2, math.inf, "of at least 2")),
+    **dict.fromkeys(["beta1", "beta2"], (1e-300, 1, "above 0 and below 1")),
+}
 USED_BY = {
     "dec_init_norm": ["relu"], "l1_coeff": ["relu"], "k": ["topk", "batchtopk"], "l0_coeff": ["jumprelu"],
     "shared_penalty": ["relu", "jumprelu"],
@@ -180,26 +183,24 @@ def convert(key: str, value):
     if isinstance(default, list):
         return convert_list(key, value)
     text = str(value)
-    if key in CHOICES and text.lower() not in CHOICES[key]:
-        raise bad(key, value, f"give one of {', '.join(CHOICES[key])}")
+    if key in CHOICES:
+        text = text.lower()
+        if text not in CHOICES[key]:
+            raise bad(key, value, f"give one of {', '.join(CHOICES[key])}")
     if isinstance(default, bool):
-        return text.lower() == "true"
+        return text == "true"
     if isinstance(default, str):
-        return text.lower() if key in CHOICES else text
-    limit = "above 0"
-    if key in LEAST:
-        limit = f"of at least {LEAST[key]}"
-    elif key in ("beta1", "beta2"):
-        limit = "above 0 and below 1"
-    kind = {int: "whole number", float: "number"}[type(default)]
-    problem = bad(key, value, f"give a {kind} {limit}, such as {default}")
+        return text
+    kind = type(default)
+    least, most, limit = LIMITS.get(key, (1e-300, math.inf, "above 0"))
     try:
-        number = type(default)(float(text))
+        number = kind(float(text))
+        is_right = number == float(text) and least <= number < most
     except (ValueError, OverflowError):
-        raise problem from None
-    too_large = key in ("beta1", "beta2") and number >= 1
-    if number != float(text) or number < LEAST.get(key, 1e-300) or too_large:
-        raise problem
+        is_right = False
+    if not is_right:
+        name = {int: "whole number", float: "number"}[kind]
+        raise bad(key, value, f"give a {name} {limit}, such as {default}")
     return number
 
 
@@ -210,20 +211,16 @@ def convert_list(key: str, value) -> list:
     items = [item for item in items if item]
     if default_cfg[key] and not items:
         raise bad(key, value, f"give at least one, such as {default_cfg[key][0]}")
-    if key == "layers":
-        numbers = [item for item in items if item != "all"]
-        if not all(item.isdecimal() for item in numbers):
-            raise bad(key, value, "give all, or layer numbers such as 0,3,6")
-        return [int(number) for number in numbers]
-    if key == "norm":
-        try:
-            numbers = [float(item) for item in items]
-        except ValueError:
-            numbers = [0.0]
-        if not all(0 < number < math.inf for number in numbers):
-            raise bad(key, value, "give numbers above 0 such as 1.8,2.1, or none")
-        return numbers
-    return items
+    if key not in ("layers", "norm"):
+        return items
+    kind, least, example = {"layers": (int, 0, "0,3,6"), "norm": (float, 1e-300, "1.8,2.1")}[key]
+    try:
+        numbers = [kind(item) for item in items if item != "all"]
+    except ValueError:
+        numbers = [math.nan]
+    if not all(least <= number < math.inf for number in numbers):
+        raise bad(key, value, f"give numbers such as {example}, or none for all")
+    return numbers
 
 
 def find_resume(resume: str, save_dir: str) -> Path:

@@ -40,7 +40,8 @@ def test_activations_equal_those_of_run_with_cache(tokens, site, layers, fused):
     cfg = cfg_for(site=site, layers=layers)
     models = open_models(cfg)
     wanted = transformer_lens_activations(TINY / "base", tokens, [source.hook for source in get_sources(models, cfg)])
-    assert [s.layer for s in get_sources(models, cfg)] == ([0, 1, 2, 3] if layers == "all" else [2, 0])
+    hooks = [source.hook for source in get_sources(models, cfg)]
+    assert [int(hook.split(".")[1]) for hook in hooks] == ([0, 1, 2, 3] if layers == "all" else [2, 0])
     assert fused_parts(models[0]) == fused
     assert relative_error(get_stacked_resids(models, tokens[:3], cfg), wanted[:3]) < 1e-5
 

@@ -325,7 +325,7 @@ def test_a_run_resumed_in_a_later_epoch_is_the_same_to_the_last_bit(cfg, tokens,
     resumed = Trainer({**cfg, "resume": str(other.save())}, models, tokens[:20])
     for _ in range(25):
         metrics = resumed.step()
-    assert wanted["data/rows_replayed"] > 0 and all(metrics[key] == wanted[key] for key in wanted)
+    assert wanted["data/epochs"] > 1 and all(metrics[key] == wanted[key] for key in wanted)
     assert torch.equal(resumed.buffer.buffer, one.buffer.buffer)
     for parameter, same in zip(resumed.crosscoder.parameters(), one.crosscoder.parameters()):
         assert torch.equal(parameter, same)
