@@ -7,6 +7,7 @@ figure or a small table. In a script figures go unseen: there write fig.write_ht
 import json
 import math
 import tempfile
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -24,24 +25,21 @@ from plotly.subplots import make_subplots
 from torch import Tensor
 
 from train import (
-    MAY_CHANGE, PRESETS, USED_BY, explain, get_tokenizer, load_models, load_tokens, make_cfg)
+    MAY_CHANGE, PRESETS, USED_BY, explain, find_latest, get_tokenizer, load_models, load_tokens, make_cfg)
 from utils import (
     CrossCoder, Trainer, bad, evaluate, find_checkpoint, get_ce, get_sources, get_stacked_resids,
     get_stats, iter_rows, list_checkpoints, source_names)
 
 torch.set_grad_enabled(False)
 np.set_printoptions(precision=4, suppress=True)
-saved = list(Path("checkpoints").glob("version_*/step_*"))
-if not saved:
-    raise ValueError("checkpoints: none are here; python train.py --preset=tiny makes one")
-path = max(saved, key=lambda folder: folder.stat().st_mtime)
+path = list_checkpoints(find_latest("checkpoints"))[-1]
 crosscoder = CrossCoder.load(path)
 # This machine may be another than the one it was trained on.
 cfg = make_cfg(**crosscoder.cfg | {"device": "auto", "buffer_device": "auto", "enc_dtype": "auto"})
 crosscoder.to(cfg["device"])
 models = load_models(cfg)
 tokenizer = get_tokenizer(models)
-held_out = load_tokens(cfg, tokenizer)[-cfg["eval_seqs"] :]
+held_out = load_tokens(cfg, models)[-cfg["eval_seqs"] :]
 sources = get_sources(models, cfg)
 names = source_names(cfg, len(sources))
 batch = held_out[:16].to(cfg["device"]).long()
@@ -225,15 +223,19 @@ acts = crosscoder.encode(x)  # x [..., n_layers, d_model], raw activations
 """
     log = folder.parent / "metrics.jsonl"
     lines = log.read_text().splitlines() if log.exists() else []
-    whole = [json.loads(line) for line in lines if line.endswith("}")]  # the last may be cut off
-    evaluations = {f"step_{row['step']:07d}": row for row in whole if "ce/clean" in row}
+    evaluations = {}
+    for line in lines:
+        with suppress(ValueError):  # where a process was killed, or others wrote
+            row = json.loads(line)
+            if "ce/clean" in row:
+                evaluations[f"step_{row['step']:07d}"] = row
     if folder.name in evaluations:
         row = evaluations[folder.name]
         card += "\n| source, on held-out text | FVU | CE delta, nats |\n|---|---|---|\n"
         for name in [*names, "all"]:
             card += f"| {name} | {row[f'fvu/{name}']:.4f} | {row[f'ce/delta_{name}']:+.4f} |\n"
         card += f"\nL0 {row['sparsity/l0']:.1f}, dead latents {row['sparsity/dead']:.1%}.\n\n"
-    hidden = set(MAY_CHANGE) - {"tokens", "dataset", "num_tokens"}  # what does not matter to others
+    hidden = set(MAY_CHANGE) - {"model_name", "tokens", "dataset", "num_tokens"} | {"fingerprint"}
     hidden |= {key for key, activations in USED_BY.items() if cfg["activation"] not in activations}
     return card + "".join(f"- {key}: {cfg[key]}\n" for key in cfg if key not in hidden)
 
@@ -420,7 +422,7 @@ shuffled = SimpleNamespace(
     cfg=models[0].cfg,
     hook_dict=models[0].hook_dict,
     run_with_hooks=lambda tokens, **hooks: models[0].run_with_hooks(tokens.roll(1, 0), **hooks))
-all_tokens = load_tokens(cfg, tokenizer)
+all_tokens = load_tokens(cfg, models)
 results = {"the two": table}
 for name, other in (("the first and itself", models[0]), ("the first, shuffled", shuffled)):
     trainer = Trainer(cfg | {"save_dir": tempfile.mkdtemp()}, [models[0], other], all_tokens)

@@ -6,6 +6,7 @@
 import copy
 import ctypes
 import difflib
+import glob
 import itertools
 import json
 import math
@@ -17,13 +18,18 @@ import signal
 import subprocess
 import sys
 import time
+import zlib
 from functools import partial
 from importlib.metadata import distributions
 from pathlib import Path
 
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback from the imports below
+
 import datasets
 import datasets.fingerprint
 import filelock
+import huggingface_hub
 import numpy as np
 import psutil
 import torch
@@ -42,38 +48,35 @@ from utils import (
 
 # ---- Config --------------------------------------------------------------------------------------
 KEYS = {  # key: (default, comment); default_cfg and --help are made of this
-    # the run
     "preset": ("gpt2-small", "or gpt2-published, tiny, diff, diff-tiny, gelu-1l: other defaults"),
     "seed": (51, "of the initial weights and of the shuffling"),
     "device": ("auto", "cuda, cuda:1 or cpu; auto is cuda where there is one"),
     "save_dir": ("checkpoints", "folder in which each run makes its own, version_N"),
     "save_every": (100_000, "steps between checkpoints; one is always written at the end"),
     "keep": (3, "how many of a run's checkpoints are kept, the newest"),
-    "resume": ("", "a run's folder, its last checkpoint, or latest (save_dir's newest), to go on with"),
+    "resume": ("", "a run's folder, its last checkpoint, or latest (in save_dir), to go on with"),
     "log_every": (100, "steps between logged metrics"),
     "eval_every": (10_000, "steps between evaluations on the held-out sequences"),
     "eval_seqs": (64, "sequences at the end of the tokens that are held out from training"),
     "dead_after": (10_000_000, "tokens without firing after which a latent counts as dead"),
     "wandb_mode": ("online", "online, offline or disabled"),
-    # the sources: n_layers = models x layers
     "model_name": (["gpt2"], "hub name or local folder; several with commas between"),
     "layers": ([], "layer numbers such as 0,3,6; none, or the word all: every layer"),
     "site": ("resid_post", "TransformerLens activation name: resid_mid, mlp_out, post, z, ..."),
     "center": (False, "remove the mean over d_model as [N24] did; for models with LayerNorm only"),
     "norm": ([], "what each source is divided by, as 1.8,2.1; none: estimated on the first buffer"),
+    "fingerprint": ([], "of the models' weights; load_models fills it in, and refuses others"),
     "model_batch_size": (32, "sequences in one forward pass of the models"),
-    # the text
     "tokens": ([], ".npy or .pt file of token ids [n_seqs, seq_len], used instead of dataset"),
     "dataset": (["Skylion007/openwebtext@refs/convert/parquet"],
-                "hub name@revision, or folder of text; it and tokens can be a mix: a:0.5,b:0.5"),
+                "hub name@revision, file or folder of text; it and tokens can be mixed: a:0.5,b:0.5"),
     "seq_len": (1024, "tokens in a sequence, the first of them BOS"),
-    # the crosscoder and its training, as published [N24]
     "num_tokens": (1_070_000_000, "tokens to train on: one row of activations each"),
     "batch_size": (2048, "rows in a step"),
     "buffer_mult": (512, "batches that the shuffled buffer holds"),
     "buffer_device": ("auto", "where the buffer is kept; auto is the device"),
     "dict_size": (2**14, "latents"),
-    "enc_dtype": ("auto", "compute type, fp32 or bf16; auto is bf16 where it is fast. Weights are fp32"),
+    "enc_dtype": ("auto", "compute type, fp32 or bf16; auto is bf16 if it is fast. Weights are fp32"),
     "activation": ("relu", "which latents are active: relu, topk, batchtopk or jumprelu"),
     "dec_init_norm": (0.005, "relu: initial norm of each latent's decoder vector at each source"),
     "l1_coeff": (2.0, "relu: sparsity penalty after its warm-up"),
@@ -87,6 +90,9 @@ KEYS = {  # key: (default, comment); default_cfg and --help are made of this
     "beta1": (0.9, "of Adam"),
     "beta2": (0.999, "of Adam"),
 }
+HEADINGS = {  # above which key
+    "preset": "The run", "model_name": "The sources: n_layers = models x layers", "tokens": "The text",
+    "num_tokens": "The crosscoder and its training, as published [N24]"}
 default_cfg = {key: default for key, (default, _) in KEYS.items()}
 
 RECIPES = {  # what else differs with the activation [J25], [M25]
@@ -95,50 +101,53 @@ RECIPES = {  # what else differs with the activation [J25], [M25]
     "batchtopk": {"aux_coeff": 1 / 32, "lr": 2e-4},
     "jumprelu": {"lr": 2e-4},
 }
-TINY = Path(__file__).parent / "tests" / "tiny"
 PRESETS = {
     "gpt2-small": {},
-    "gpt2-published": {  # E||x|| / sqrt(768) of GPT-2 Small without position 0, its mean removed [N24]
+    "gpt2-published": {  # E||x|| / sqrt(768) of GPT-2 Small, no position 0, its mean removed [N24]
         "center": True,
         "norm": [
-            1.8281, 2.0781, 2.2031, 2.4062, 2.5781, 2.8281, 3.1562, 3.6875, 4.3125, 5.4062, 7.875, 16.5],
+            1.8281, 2.0781, 2.2031, 2.4062, 2.5781, 2.8281,
+            3.1562, 3.6875, 4.3125, 5.4062, 7.875, 16.5],
     },
-    "tiny": {  # a 4-layer model of the King James Bible: the whole main job on a laptop, without a hub
-        "model_name": [str(TINY / "base")], "tokens": [str(TINY / "kjv.npy")], "seq_len": 128,
+    "tiny": {  # a 4-layer model of the King James Bible: the whole job on a laptop, without a hub
+        "model_name": ["tests/tiny/base"], "tokens": ["tests/tiny/kjv.npy"], "seq_len": 128,
         "batch_size": 512, "num_tokens": 10**6, "buffer_mult": 128, "model_batch_size": 64,
         "dict_size": 2048, "lr": 1e-3, "dec_init_norm": 0.05, "k": 32, "l0_coeff": 0.15,
         "dead_after": 10**5, "log_every": 20, "eval_every": 500, "wandb_mode": "disabled",
     },
     "diff": {  # what did Gemma 2's tuning add? [M25]
-        "model_name": ["google/gemma-2-2b", "google/gemma-2-2b-it"], "layers": [13], "model_batch_size": 4,
-        "dataset": ["HuggingFaceFW/fineweb:0.5", "lmsys/lmsys-chat-1m:0.5"], "num_tokens": 2 * 10**8,
-        "activation": "batchtopk", "k": 100, "dict_size": 73_728, "lr": 1e-4,
+        "model_name": ["google/gemma-2-2b", "google/gemma-2-2b-it"], "layers": [13],
+        "dataset": ["HuggingFaceFW/fineweb:0.5", "lmsys/lmsys-chat-1m:0.5"],
+        "num_tokens": 2 * 10**8, "model_batch_size": 4, "activation": "batchtopk", "k": 100,
+        "dict_size": 73_728, "lr": 1e-4,
     },
     "gelu-1l": {  # one source: an ordinary sparse autoencoder on the MLP of a one-layer model
-        "model_name": ["NeelNanda/GELU_1L512W_C4_Code"], "layers": [0], "site": "post", "num_tokens": 10**8,
-        "dataset": ["NeelNanda/c4-code-20k"], "lr": 1e-4, "dec_init_norm": 0.1,
+        "model_name": ["NeelNanda/GELU_1L512W_C4_Code"], "layers": [0], "site": "post",
+        "dataset": ["NeelNanda/c4-code-20k"], "num_tokens": 10**8, "lr": 1e-4, "dec_init_norm": 0.1,
     },
 }
-PRESETS["diff-tiny"] = PRESETS["tiny"] | {  # the same of a model of the Bible, tuned on a dictionary
-    "model_name": [str(TINY / "base"), str(TINY / "tuned")], "layers": [2], "activation": "batchtopk",
-    "n_exclusive": 100, "tokens": [f"{TINY / 'kjv.npy'}:0.5", f"{TINY / 'wordnet.npy'}:0.5"],
+PRESETS["diff-tiny"] = PRESETS["tiny"] | {  # the same model, and it again tuned on a dictionary
+    "model_name": ["tests/tiny/base", "tests/tiny/tuned"], "layers": [2], "activation": "batchtopk",
+    "n_exclusive": 100, "tokens": ["tests/tiny/kjv.npy:0.5", "tests/tiny/wordnet.npy:0.5"],
 }
 CHOICES = {
     "preset": list(PRESETS), "activation": list(RECIPES), "center": ["true", "false"],
     "enc_dtype": ["auto", *DTYPES], "wandb_mode": ["online", "offline", "disabled"],
 }
+MOST = 2**53  # from which on not all whole numbers are numbers in text such as 1e16
 LIMITS = {  # of numbers: the least, what they must be below, both in words; all others are above 0
-    **dict.fromkeys(["seed", "l1_coeff", "aux_coeff", "n_shared", "n_exclusive"], (0, math.inf, "of at least 0")),
-    **dict.fromkeys(["seq_len", "buffer_mult"], (2, math.inf, "of at least 2")),
+    **dict.fromkeys(
+        ["seed", "l1_coeff", "aux_coeff", "n_shared", "n_exclusive"], (0, MOST, "of at least 0")),
+    **dict.fromkeys(["seq_len", "buffer_mult"], (2, MOST, "of at least 2")),
     **dict.fromkeys(["beta1", "beta2"], (1e-300, 1, "above 0 and below 1")),
 }
 USED_BY = {
-    "dec_init_norm": ["relu"], "l1_coeff": ["relu"], "k": ["topk", "batchtopk"], "l0_coeff": ["jumprelu"],
-    "shared_penalty": ["relu", "jumprelu"],
+    "dec_init_norm": ["relu"], "l1_coeff": ["relu"], "k": ["topk", "batchtopk"],
+    "l0_coeff": ["jumprelu"], "shared_penalty": ["relu", "jumprelu"],
 }
-MAY_CHANGE = [  # on resume; the text is known by its hash, not by its name
-    "resume", "keep", "save_dir", "save_every", "log_every", "eval_every", "wandb_mode", "device",
-    "buffer_device", "model_batch_size", "tokens", "dataset", "num_tokens"]
+MAY_CHANGE = [  # on resume; the text is known by its hash, and the models by their fingerprint
+    "model_name", "resume", "keep", "save_dir", "save_every", "log_every", "eval_every", "wandb_mode",
+    "device", "buffer_device", "model_batch_size", "tokens", "dataset", "num_tokens"]
 DROPPED = ["loss_weights", "ignore_tokens"]  # keys in checkpoints of earlier versions
 
 
@@ -153,6 +162,8 @@ def make_cfg(**overrides) -> dict:
     preset = PRESETS[overrides.get("preset", "gpt2-small")]
     activation = (default_cfg | preset | overrides)["activation"]
     base = default_cfg | RECIPES[activation] | preset
+    if "dataset" in overrides:
+        base["tokens"] = []  # a preset's, which would come before it
     if overrides.get("resume"):
         folder = find_resume(overrides["resume"], overrides.get("save_dir", base["save_dir"]))
         overrides["resume"] = str(folder)
@@ -161,7 +172,8 @@ def make_cfg(**overrides) -> dict:
             if isinstance(saved["model_name"], str):
                 raise ValueError("but of an earlier one, which can only be loaded")
         except Exception as error:
-            raise bad("resume", str(folder), f"not a run of this version ({error!r:.200})") from None
+            problem = f"not a run of this version ({error!r:.200})"
+            raise bad("resume", str(folder), problem) from None
         base |= {key: convert(key, value) for key, value in saved.items() if key in KEYS}
     cfg = base | overrides
     for key, activations in USED_BY.items():
@@ -173,6 +185,9 @@ def make_cfg(**overrides) -> dict:
     for key in KEYS.keys() - set(MAY_CHANGE):
         if cfg["resume"] and cfg[key] != base[key]:
             raise bad(key, cfg[key], f"cannot change on resume; {cfg['resume']} has {base[key]!r}")
+    if cfg["resume"] and int(folder.name[5:]) >= cfg["num_tokens"] // cfg["batch_size"]:
+        raise bad("resume", cfg["resume"], "finished; to train longer give a larger num_tokens than "
+                  f"{cfg['num_tokens']}, to look at it see scratch.py")
     return cfg
 
 
@@ -180,6 +195,8 @@ def convert(key: str, value):
     """value, which may be text, as the kind of thing that the key's default is; 1e8 is a whole
     number."""
     default = default_cfg[key]
+    if value is None:
+        raise bad(key, value, f"give a value, such as {default!r}")
     if isinstance(default, list):
         return convert_list(key, value)
     text = str(value)
@@ -192,7 +209,7 @@ def convert(key: str, value):
     if isinstance(default, str):
         return text
     kind = type(default)
-    least, most, limit = LIMITS.get(key, (1e-300, math.inf, "above 0"))
+    least, most, limit = LIMITS.get(key, (1e-300, MOST, "above 0"))
     try:
         number = kind(float(text))
         is_right = number == float(text) and least <= number < most
@@ -206,32 +223,52 @@ def convert(key: str, value):
 
 def convert_list(key: str, value) -> list:
     """The same for a list, which as text has commas between its items."""
-    items = value if isinstance(value, (list, tuple)) else str(value).split(",")
+    items = value
+    if isinstance(value, str) or not hasattr(value, "__iter__"):
+        items = str(value).split(",")
     items = [str(item).strip() for item in items]
     items = [item for item in items if item]
     if default_cfg[key] and not items:
         raise bad(key, value, f"give at least one, such as {default_cfg[key][0]}")
-    if key not in ("layers", "norm"):
-        return items
-    kind, least, example = {"layers": (int, 0, "0,3,6"), "norm": (float, 1e-300, "1.8,2.1")}[key]
+    kind = {"layers": int, "norm": float, "fingerprint": float}.get(key, str)
     try:
-        numbers = [kind(item) for item in items if item != "all"]
+        return [kind(item) for item in items if kind is str or item != "all"]
     except ValueError:
-        numbers = [math.nan]
-    if not all(least <= number < math.inf for number in numbers):
-        raise bad(key, value, f"give numbers such as {example}, or none for all")
-    return numbers
+        raise bad(key, value, "give numbers such as 0,3,6, or none for all") from None
+
+
+def locate(name: str) -> str:
+    """The path of a file or folder, which presets give from this file's folder; else, the name."""
+    for path in (Path(name).expanduser(), Path(__file__).parent / name):
+        if path.exists():
+            return str(path)
+    return name
+
+
+def find_latest(save_dir: str) -> Path:
+    """The folder of the run in save_dir that was started last, as starts.jsonl has it: copying
+    changes the times of files. ValueError where no run has a checkpoint."""
+    def started(run: Path) -> tuple[str, int]:
+        try:
+            start = json.loads((run / "starts.jsonl").read_text().splitlines()[-1])["time"]
+        except (OSError, ValueError, LookupError, TypeError):
+            start = ""  # cut off
+        return start, int(list_checkpoints(run)[-1].name[5:])
+
+    runs = [run for run in Path(save_dir).expanduser().glob("version_*") if list_checkpoints(run)]
+    if not runs:
+        raise bad(
+            "resume", "latest", f"no checkpoint in {save_dir}; python train.py --preset=tiny makes one")
+    return max(runs, key=started)
 
 
 def find_resume(resume: str, save_dir: str) -> Path:
     """The checkpoint to go on with. ValueError where none is whole, or the one named is not the
     last."""
-    path = Path(resume)
+    path = Path(resume).expanduser()
     if resume == "latest":
-        saved = sorted(Path(save_dir).glob("version_*/step_*"), key=lambda folder: folder.stat().st_mtime)
-        if not saved:
-            raise bad("resume", resume, f"no checkpoint in {save_dir}")
-        path = saved[-1].parent
+        path = find_latest(save_dir)
+        print(f"resume=latest: {path}", file=sys.stderr)
     path = path.resolve()
     names = ["cfg.json", "crosscoder.safetensors", "trainer.json", "trainer.safetensors"]
     folder = find_checkpoint("resume", path, names)
@@ -285,10 +322,12 @@ def check(cfg: dict) -> None:
 
 
 # ---- Models --------------------------------------------------------------------------------------
-NO_HUB = "where there is no hub give a local folder, or preset=tiny"
 REMEDIES = {  # by what an error is called or says
+    "Offline|ConnectionError|ConnectError|onnect to|LocalEntryNotFound|Max retries":
+        "the hub is out of reach; give a local folder, or preset=tiny",
     "GatedRepo|a gated dataset": "accept its licence on its page and log in (hf auth login)",
     "RevisionNotFound": "no such revision",
+    "Can't load the model": "no weights there, or they did not arrive; check the name, or try again",
     "RepositoryNotFound|t exist on the Hub":
         "no such name; check it, or log in for what is private (hf auth login)",
     r"KeyError\('conversation'\)": "its rows have no column text, messages or conversation",
@@ -297,8 +336,8 @@ REMEDIES = {  # by what an error is called or says
 
 
 def explain(error: BaseException | None) -> str:
-    """What went wrong with the hub, a file or a dataset, and the remedy, in a line."""
-    otherwise = f"{error!r:.200}; {NO_HUB}"
+    """What went wrong with the hub, a file or a dataset, and a remedy if one is known, in a line."""
+    otherwise = f"{error!r:.300}"
     while error is not None:
         for pattern, remedy in REMEDIES.items():
             if re.search(pattern, repr(error)):
@@ -313,18 +352,19 @@ def get_shape(models: list, cfg: dict) -> tuple[int, int]:
 
 
 def load_models(cfg: dict) -> list[TransformerBridge]:
-    """Opens the models of cfg["model_name"], each once, in the compute type. ValueError where one
-    cannot be opened, does not have the sources or the context, or does not go with the first."""
+    """Opens the models of cfg["model_name"], each once, in the compute type. Fills in or checks
+    cfg["fingerprint"]. ValueError where one cannot be opened, does not have the sources or the
+    context, does not go with the first, or has other weights than when the fingerprint was taken."""
     opened = {}
     for name in cfg["model_name"]:
         if name in opened:
             continue
         try:
             opened[name] = TransformerBridge.boot_transformers(
-                name, device=cfg["device"], dtype=DTYPES[cfg["enc_dtype"]])
+                locate(name), device=cfg["device"], dtype=DTYPES[cfg["enc_dtype"]])
         except Exception as error:
             raise bad("model_name", name, f"cannot be opened: {explain(error)}") from None
-        opened[name].original_model.config.use_cache = False  # keys and values that nobody would read
+        opened[name].original_model.config.use_cache = False  # which nobody would read
     models = [opened[name] for name in cfg["model_name"]]
     first_name = cfg["model_name"][0]
     vocabulary = models[0].tokenizer.get_vocab()
@@ -332,21 +372,40 @@ def load_models(cfg: dict) -> list[TransformerBridge]:
         if model.cfg.n_ctx and cfg["seq_len"] > model.cfg.n_ctx:
             raise bad("seq_len", cfg["seq_len"], f"the context of {name} is {model.cfg.n_ctx}")
         if cfg["center"] and model.cfg.normalization_type != "LN":
-            raise bad("center", True, f"{name} has no LayerNorm: its mean over d_model matters; give false")
+            problem = f"{name} has no LayerNorm: its mean over d_model matters; give false"
+            raise bad("center", True, problem)
         differ = sorted(vocabulary.items() ^ model.tokenizer.get_vocab().items())
         if differ:
             raise bad("model_name", cfg["model_name"], "models must share a tokenizer; those of "
                       f"{first_name} and {name} differ in {len(differ)} entries, first {differ[0][0]!r}")
         if not cfg["layers"] and model.cfg.n_layers != models[0].cfg.n_layers:
-            raise bad("layers", "all", f"{first_name} and {name} differ in their number; give layer numbers")
+            problem = f"{first_name} and {name} differ in their number; give layer numbers"
+            raise bad("layers", "all", problem)
         if get_shape([model], cfg) != get_shape(models[:1], cfg):
             raise bad("model_name", cfg["model_name"], f"{first_name} and {name} differ in width")
     n_sources = len(get_sources(models, cfg))
-    if len(cfg["norm"]) not in (0, n_sources):
-        raise bad("norm", cfg["norm"], f"give a number for each of the {n_sources} sources, or none")
+    norm = cfg["norm"]
+    if len(norm) not in (0, n_sources) or not all(0 < number < math.inf for number in norm):
+        raise bad("norm", norm, f"give a number above 0 for each of the {n_sources} sources, or none")
     for model in opened.values():
         fuse(model, cfg)
+    check_weights(models, cfg)
     return models
+
+
+def check_weights(models: list, cfg: dict) -> None:
+    """Puts eight numbers of each model's last resid_post on a fixed text into cfg["fingerprint"].
+    ValueError where what is there already differs by more than bf16 explains, which is about 1%."""
+    tokens = torch.arange(min(32, cfg["seq_len"]))[None]
+    wanted = cfg | {"layers": [], "site": "resid_post", "center": False}
+    x = [get_stacked_resids([model], tokens, wanted)[0, -1, -1, :8] for model in models]
+    x = torch.stack(x).float().cpu()  # [n_models, 8]
+    if not cfg["fingerprint"]:
+        cfg["fingerprint"] = [float(f"{number:.4g}") for number in x.flatten().tolist()]
+    known = torch.tensor(cfg["fingerprint"]).view(-1, x.shape[1])
+    if known.shape != x.shape or ((x - known).norm(dim=1) > 0.1 * known.norm(dim=1)).any():
+        raise bad("model_name", cfg["model_name"], "not the weights that the crosscoder was trained "
+                  "on; give those, or an empty fingerprint to take any")
 
 
 def fuse(model: TransformerBridge, cfg: dict) -> None:
@@ -395,52 +454,84 @@ def get_tokenizer(models: list):
 
 
 # ---- Text ----------------------------------------------------------------------------------------
-def load_tokens(cfg: dict, tokenizer) -> Int[Tensor, "n_seqs seq_len"]:
+KINDS = {".txt": "text", ".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
+
+
+def load_tokens(cfg: dict, models: list) -> Int[Tensor, "n_seqs seq_len"]:
     """The text as token ids: the file cfg["tokens"], or cfg["dataset"] by way of a cache,
     memory-mapped. Of a mix a:0.5,b:0.5 in memory, rows of each in turn throughout, until those of
     one are used up. ValueError where there is nothing that the models can be run on."""
     key = "tokens" if cfg["tokens"] else "dataset"
-    if len(cfg[key]) == 1:
-        return load_part(cfg, tokenizer, cfg[key][0], 1.0)
-    names = [part.rpartition(":")[0] for part in cfg[key]]
-    try:
-        shares = np.array([part.rpartition(":")[2] for part in cfg[key]], float)
-    except ValueError:
-        shares = np.zeros(1)
-    if not (shares > 0).all() or not np.isfinite(shares).all():
-        raise bad(key, cfg[key], "give each part of a mix its share, such as a:0.5,b:0.5")
+    names = cfg[key]
+    shares = np.ones(1)
+    if len(names) > 1:
+        names = [part.rpartition(":")[0] for part in cfg[key]]
+        try:
+            shares = np.array([part.rpartition(":")[2] for part in cfg[key]], float)
+        except ValueError:
+            shares = np.zeros(1)
+        if not (shares > 0).all() or not np.isfinite(shares).all():
+            raise bad(key, cfg[key], "give each part of a mix its share, such as a:0.5,b:0.5")
     shares = shares / shares.sum()
-    parts = [load_part(cfg, tokenizer, name, share) for name, share in zip(names, shares)]
+    tokenizer = get_tokenizer(models)
+    n_ids = min(len(tokenizer), *(model.cfg.d_vocab for model in models))
+    parts = []
+    for name, share in zip(names, shares):
+        if key == "tokens":
+            part = open_tokens(cfg, name)
+        else:
+            part = tokenise(cfg, tokenizer, name, share)
+        smallest = part.numpy().min()
+        largest = part.numpy().max()
+        if smallest < 0 or largest >= n_ids:
+            raise bad(key, name, f"ids {smallest} to {largest} are not all below {n_ids}, the models' "
+                      f"number; tokenise the text with the tokenizer of {cfg['model_name'][0]}")
+        parts.append(part)
+    if len(parts) == 1:
+        return parts[0]
     if len({part.dtype for part in parts}) > 1:
         parts = [part.int() for part in parts]
     # Row i of a part has its turn at (i + 1/2) / share, until the first part is used up.
     end = min(len(part) / share for part, share in zip(parts, shares))
     parts = [part[: int(share * end)] for part, share in zip(parts, shares)]
+    if not all(len(part) for part in parts):
+        raise bad(key, cfg[key], "a share is too small to give a sequence")
     turns = [(np.arange(len(part)) + 0.5) / share for part, share in zip(parts, shares)]
     return torch.cat(parts)[np.argsort(np.concatenate(turns), kind="stable")]
 
 
-def load_part(cfg: dict, tokenizer, name: str, share: float) -> Int[Tensor, "n_seqs seq_len"]:
-    """A file of tokens, or the share of the run's tokens that a dataset is to give."""
-    if not cfg["tokens"]:
-        return tokenise(cfg, tokenizer, name, share)
+def open_tokens(cfg: dict, name: str) -> Int[Tensor, "n_seqs seq_len"]:
+    """A file of tokens, memory-mapped."""
+    path = locate(name)
     try:
-        if name.endswith(".pt"):
-            tokens = torch.load(name, mmap=True, weights_only=True, map_location="cpu")
+        if not Path(path).is_file():  # a pipe would be waited for
+            raise ValueError("No such file")
+        if path.endswith(".pt"):
+            tokens = torch.load(path, mmap=True, weights_only=True, map_location="cpu")
         else:
-            tokens = torch.from_numpy(np.load(name, mmap_mode="c"))
-        if tokens.ndim != 2 or tokens.numel() == 0 or tokens.is_floating_point():
+            tokens = torch.from_numpy(np.load(path, mmap_mode="c"))
+        is_whole = np.issubdtype(tokens.numpy().dtype, np.integer)
+        if tokens.ndim != 2 or tokens.numel() == 0 or not is_whole:
             raise ValueError(f"it holds {tokens.dtype} {list(tokens.shape)}")
-        smallest = tokens.numpy().min()
-        largest = tokens.numpy().max()
     except Exception as error:
-        raise bad("tokens", name, f"give ids [n_seqs, seq_len], .npy or .pt ({error!r:.200})") from None
+        problem = f"give ids [n_seqs, seq_len], .npy or .pt ({error!r:.200})"
+        raise bad("tokens", name, problem) from None
     if tokens.shape[1] != cfg["seq_len"]:
-        raise bad("tokens", name, f"has rows of {tokens.shape[1]} tokens; set seq_len={tokens.shape[1]}")
-    if smallest < 0 or largest >= len(tokenizer):
-        raise bad("tokens", name, f"ids {smallest} to {largest} are not all in the vocabulary of "
-                  f"{len(tokenizer)}; tokenise the text with the tokenizer of {cfg['model_name']}")
+        length = tokens.shape[1]
+        raise bad("tokens", name, f"has rows of {length} tokens; set seq_len={length}")
     return tokens
+
+
+def list_files(path: Path) -> list[Path]:
+    """The file, or all files of text in a folder and below, whatever they are called. ValueError
+    where they are not of one kind."""
+    files = [path]
+    if path.is_dir():
+        files = sorted(file for file in path.rglob("*") if file.suffix in KINDS and file.is_file())
+    kinds = {file.suffix for file in files}
+    if len(kinds) != 1 or not kinds <= KINDS.keys():
+        raise ValueError(f"give files of one kind, of {', '.join(KINDS)}, not {sorted(kinds) or 'none'}")
+    return files
 
 
 def tokenise(cfg: dict, tokenizer, dataset: str, share: float) -> Int[Tensor, "n_seqs seq_len"]:
@@ -449,45 +540,71 @@ def tokenise(cfg: dict, tokenizer, dataset: str, share: float) -> Int[Tensor, "n
     from a cache under HF_HOME, which grows and goes on where an earlier run, cut off or with fewer
     tokens, left it."""
     name, _, revision = dataset.partition("@")
+    options = {"path": name, "revision": revision or None}
     n_rows = cfg["num_tokens"] + cfg["batch_size"] * cfg["buffer_mult"]  # the buffer reads ahead
     n_seqs = math.ceil(share * (math.ceil(n_rows / (cfg["seq_len"] - 1)) + cfg["eval_seqs"]))
-    files = sorted((str(file), file.stat().st_mtime_ns) for file in Path(name).glob("**/*"))  # none on a hub
     dtype = np.dtype("uint16" if len(tokenizer) <= 2**16 else "int32")
     try:
+        files = []
+        path = Path(locate(dataset))
+        if path.exists():
+            files = list_files(path)
+            escaped = [glob.escape(str(file)) for file in files]
+            options = {"path": KINDS[files[0].suffix], "data_files": escaped}
+            if files[0].suffix == ".txt":
+                options["sample_by"] = "document"  # else each line would be one
+        elif revision and Path(locate(name)).exists():
+            raise ValueError("a local folder has no revisions; leave out what comes after @")
         ids = [tokenizer.bos_token_id, tokenizer.eos_token_id]
         ids = [token for token in ids if token is not None]  # one may stand for the other
         spelling = [tokenizer.get_vocab(), tokenizer.chat_template]
-        identity = [name, revision, files, cfg["seq_len"], ids[0], ids[-1], spelling]
+        stats = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+        identity = [dataset, stats, cfg["seq_len"], ids[0], ids[-1], spelling]
         cache = Path(HF_HOME, "crosscoder_tokens", datasets.fingerprint.Hasher.hash(identity))
         cache.mkdir(parents=True, exist_ok=True)
         with filelock.FileLock(cache / ".lock"):
-            done = {"rows": 0, "rest": [], "dataset": None, "ended": False}
-            if (cache / "done.json").exists():
-                done = json.loads((cache / "done.json").read_text())
+            done = open_cache(cache, cfg["seq_len"], dtype)
             if done["rows"] < n_seqs and not done["ended"]:
-                options = {"revision": revision or None, "split": "train", "streaming": True}
-                if any(file.endswith(".txt") for file, _ in files):
-                    options["sample_by"] = "document"  # else each line would be one
-                stream = datasets.load_dataset(name, **options)
+                stream = datasets.load_dataset(**options, split="train", streaming=True)
                 stream.load_state_dict(done["dataset"] or stream.state_dict())
                 done = grow(cache, done, stream, tokenizer, n_seqs, cfg["seq_len"], dtype, ids)
         if not done["rows"]:
             raise ValueError(f"less text than one sequence of seq_len={cfg['seq_len']}")
+        print(f"{dataset}: {len(files) or 'hub'} files, {done['documents']:,} documents, "
+              f"{done['rows']:,} sequences in {cache}", file=sys.stderr)
         rows = np.memmap(cache / "rows.bin", dtype, "c", shape=(done["rows"], cfg["seq_len"]))
         return torch.from_numpy(rows)[:n_seqs]
     except Exception as error:
         raise bad("dataset", dataset, f"cannot be tokenised: {explain(error)}") from None
 
 
+def open_cache(cache: Path, seq_len: int, dtype) -> dict:
+    """What done.json says is in rows.bin; nothing, as at the beginning, if the two do not agree."""
+    nothing = {"rows": 0, "crc": 0, "documents": 0, "rest": [], "dataset": None, "ended": False}
+    if not (cache / "done.json").exists():
+        return nothing
+    try:
+        done = json.loads((cache / "done.json").read_text())
+        if done["rows"]:
+            rows = np.memmap(cache / "rows.bin", dtype, "r", shape=(done["rows"], seq_len))
+            if zlib.crc32(rows) != done["crc"]:
+                raise ValueError("not the bytes that were written")
+        return nothing | done
+    except Exception as error:
+        print(f"{cache} is damaged ({error!r:.200}); tokenising anew", file=sys.stderr)
+        return nothing
+
+
 def grow(
     cache: Path, done: dict, stream, tokenizer, n_seqs: int, seq_len: int, dtype, special: list[int]
 ) -> dict:
     """Adds rows to rows.bin until there are n_seqs or the text ends. What done.json says is on the
-    disk is there: rows, the ids left over, where the stream is."""
+    disk is there: how many rows, their checksum, the ids left over, where the stream is."""
     texts = (get_text(row, tokenizer) for row in stream)
-    bar = tqdm.tqdm(desc="tokenising", total=n_seqs, initial=done["rows"], unit="tok", unit_scale=seq_len)
+    bar = tqdm.tqdm(
+        desc="tokenising", total=n_seqs, initial=done["rows"], unit="tok", unit_scale=seq_len)
     with bar, open(cache / "rows.bin", "ab") as file:
-        file.truncate(done["rows"] * seq_len * dtype.itemsize)  # what a process that was killed wrote further
+        file.truncate(done["rows"] * seq_len * dtype.itemsize)  # a killed process may have left more
         while done["rows"] < n_seqs and not done["ended"]:
             batch = list(itertools.islice(texts, 1024))
             ids = [np.array(done["rest"], dtype)]
@@ -496,11 +613,18 @@ def grow(
                     ids.append(np.array([*document, special[-1]], dtype))
             ids = np.concatenate(ids)
             rows = ids[: len(ids) // (seq_len - 1) * (seq_len - 1)].reshape(-1, seq_len - 1)
-            np.pad(rows, ((0, 0), (1, 0)), constant_values=special[0]).tofile(file)
+            rows = np.pad(rows, ((0, 0), (1, 0)), constant_values=special[0])
+            rows.tofile(file)
             file.flush()
             os.fsync(file)
-            done = {"rows": done["rows"] + len(rows), "rest": ids[rows.size :].tolist(),
-                    "dataset": stream.state_dict(), "ended": not batch}
+            done = {
+                "rows": done["rows"] + len(rows),
+                "crc": zlib.crc32(rows, done["crc"]),
+                "documents": done["documents"] + len(batch),
+                "rest": ids[len(rows) * (seq_len - 1) :].tolist(),
+                "dataset": stream.state_dict(),
+                "ended": not batch,
+            }
             with atomically(cache / "done.json") as new:
                 new.write_text(json.dumps(done))
             bar.update(len(rows))
@@ -531,6 +655,8 @@ def get_help() -> str:
     """What --help prints: every key with its comment and default."""
     lines = [__doc__, "Any key of the config can be given as --key=value:"]
     for key, (default, comment) in KEYS.items():
+        if key in HEADINGS:
+            lines += ["", HEADINGS[key]]
         if isinstance(default, list):
             default = ",".join(str(item) for item in default)
         lines.append(f"  --{key:<18} {comment} (default: {default})")
@@ -547,9 +673,10 @@ def tune_allocator() -> None:
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # read by torch
 
 
-def get_memory(cfg: dict, n_layers: int, d_model: int, d_vocab: int) -> dict[str, int]:
+def check_memory(cfg: dict, n_layers: int, d_model: int, d_vocab: int) -> dict[str, int]:
     """The bytes that a run needs beyond its models: exact for weights with their gradients and Adam's
-    moments, and for the buffer; for what comes and goes an allowance, the largest of three estimates."""
+    moments, and for the buffer; for what comes and goes an allowance, the largest of three estimates.
+    ValueError where there are not as many, naming what to lower."""
     width = n_layers * d_model
     seq_len = cfg["seq_len"]
     itemsize = DTYPES[cfg["enc_dtype"]].itemsize
@@ -562,16 +689,12 @@ def get_memory(cfg: dict, n_layers: int, d_model: int, d_vocab: int) -> dict[str
     harvest = cfg["model_batch_size"] * seq_len * itemsize * (width + max(width, 13 * d_model))
     seqs = min(cfg["model_batch_size"], cfg["eval_seqs"])
     evaluation = seqs * seq_len * itemsize * (3 * width + d_vocab) + 8 * seq_len * d_vocab  # logits
-    return {
+    memory = {
         "weights": 16 * parameters,
         "buffer": cfg["batch_size"] * cfg["buffer_mult"] * (width * itemsize + 16),
         "at work": max(step, harvest, evaluation)}
-
-
-def check_memory(cfg: dict, memory: dict[str, int]) -> None:
-    """ValueError where a run does not fit, naming what to lower."""
     keys = {"weights": "dict_size", "buffer": "buffer_mult", "at work": "batch_size or model_batch_size"}
-    places = {"weights": cfg["device"], "buffer": cfg["buffer_device"], "at work": cfg["device"]}
+    places = dict.fromkeys(keys, cfg["device"]) | {"buffer": cfg["buffer_device"]}
     for device in set(places.values()):
         parts = {part: size for part, size in memory.items() if places[part] == device}
         needed = sum(parts.values()) / 1e9
@@ -580,6 +703,7 @@ def check_memory(cfg: dict, memory: dict[str, int]) -> None:
             part = max(parts, key=parts.get)
             raise bad("device", device, f"{needed:,.2f} GB are needed beyond the models, {free:,.2f} are "
                       f"free; {parts[part] / 1e9:,.2f} are for {part}: lower {keys[part]}")
+    return memory
 
 
 def free_memory(device: str) -> int:
@@ -601,14 +725,15 @@ def peak_memory(device: str) -> int:
 def header(cfg: dict, models: list) -> str:
     """What the run is and what it needs. ValueError where it needs too much memory."""
     n_layers, d_model = get_shape(models, cfg)
-    memory = get_memory(cfg, n_layers, d_model, models[0].cfg.d_vocab)
-    check_memory(cfg, memory)
+    memory = check_memory(cfg, n_layers, d_model, models[0].cfg.d_vocab)
     days = 12 * cfg["num_tokens"] * n_layers * d_model * cfg["dict_size"] / 1e12 / 86400
     if cfg["device"] == "cpu" and days > 1 / 24:
         print(f"warning: without a GPU, at 1 TFLOP/s, this run takes {days:,.1f} days; --preset=tiny "
               "takes a minute", file=sys.stderr)
     names = source_names(cfg, n_layers)
-    shown = " to ".join(dict.fromkeys([names[0], names[-1]]))
+    shown = ", ".join(names)
+    if not cfg["layers"]:  # all of them
+        shown = " to ".join(dict.fromkeys([names[0], names[-1]]))
     sizes = [f"{size / 1e9:.2f} GB {part}" for part, size in memory.items()]
     lines = [
         f"models      {', '.join(cfg['model_name'])}",
@@ -638,14 +763,15 @@ def results(cfg: dict, metrics: dict[str, float], n_layers: int) -> str:
 
 
 def note_start(trainer: Trainer) -> None:
-    """Puts cfg.json into a run's folder, and adds to starts.jsonl: command line, git commit,
+    """Puts cfg.json into a run's folder, and adds to starts.jsonl: time, command line, git commit,
     versions."""
     commit = ""
     if shutil.which("git"):
         git = ["git", "-C", Path(__file__).parent, "describe", "--always", "--dirty", "--abbrev=40"]
         commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
     start = {
-        "time": time.ctime(), "command": sys.orig_argv, "python": sys.version, "commit": commit,
+        "time": time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime()), "command": sys.orig_argv,
+        "python": sys.version, "commit": commit,
         "versions": {package.name: package.version for package in distributions()}}
     with atomically(trainer.run_dir / "cfg.json") as new:
         new.write_text(json.dumps(trainer.crosscoder.cfg, indent=2) + "\n")
@@ -653,16 +779,45 @@ def note_start(trainer: Trainer) -> None:
         file.write(json.dumps(start) + "\n")
 
 
-def stop_on_signals(trainer: Trainer) -> None:
-    """Lets SIGINT and SIGTERM end the training after the step; a second signal ends the process at
-    once."""
+def handle_signals(trainer: Trainer) -> None:
+    """Lets SIGINT, SIGTERM and SIGHUP end the training after the step; a second one ends the
+    process at once. SIGUSR1, which schedulers send before their limit, has it save and go on."""
+    numbers = [signal.SIGINT, signal.SIGTERM]
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # as nohup has it
+        numbers.append(signal.SIGHUP)
+
     def stop(number: int, frame) -> None:
         trainer.stop = KeyboardInterrupt(128 + number)
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        for number in numbers:
+            signal.signal(number, signal.SIG_DFL)
 
-    signal.signal(signal.SIGINT, stop)
-    signal.signal(signal.SIGTERM, stop)
+    def save(number: int, frame) -> None:
+        trainer.save_soon = True
+
+    for number in numbers:
+        signal.signal(number, stop)
+    signal.signal(signal.SIGUSR1, save)
+
+
+class Quiet:
+    """A stream that falls silent where it cannot be written, on a full disk or a closed pipe: no
+    output may end a run."""
+
+    def __init__(self, stream):
+        self.stream = stream
+
+    def __getattr__(self, name: str):
+        return getattr(self.stream, name)
+
+    def write(self, text: str) -> None:
+        try:
+            self.stream.write(text)
+            self.stream.flush()
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+
+    def flush(self) -> None:
+        """Nothing is left to do."""
 
 
 def last_checkpoint(trainer: Trainer | None) -> Path | None:
@@ -672,24 +827,35 @@ def last_checkpoint(trainer: Trainer | None) -> Path | None:
     return list_checkpoints(trainer.run_dir)[-1]
 
 
+def start(cfg: dict) -> Trainer:
+    """Opens models and text and makes a Trainer; says what the run is on stdout and in its folder.
+    In a notebook: trainer = start(make_cfg(...)), then trainer.train()."""
+    models = load_models(cfg)
+    print(header(cfg, models), flush=True)
+    all_tokens = load_tokens(cfg, models)
+    text = ", ".join(cfg["tokens"] or cfg["dataset"])
+    n_seqs, seq_len = all_tokens.shape
+    print(f"text        {text}: {n_seqs:,} sequences of {seq_len} tokens", flush=True)
+    trainer = Trainer(cfg, models, all_tokens)
+    note_start(trainer)
+    return trainer
+
+
 def main(argv: list[str]) -> int:
     """One run. -> exit code: 0; 1 where numbers or disk broke down; 2 a user's mistake; 130, 143 a
     signal"""
-    start = time.time()
+    start_time = time.time()
     trainer = None
     try:
         if "--help" in argv:
             print(get_help())
             return 0
         cfg = make_cfg(**parse_overrides(argv))
+        huggingface_hub.logging.set_verbosity_error()  # what it tries again is not an error yet
         tune_allocator()
-        models = load_models(cfg)
-        print(header(cfg, models), flush=True)
-        all_tokens = load_tokens(cfg, get_tokenizer(models))
-        trainer = Trainer(cfg, models, all_tokens)
+        trainer = start(cfg)
         first_step = trainer.step_counter
-        note_start(trainer)
-        stop_on_signals(trainer)
+        handle_signals(trainer)
         metrics = trainer.train()
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -706,7 +872,7 @@ def main(argv: list[str]) -> int:
         print(f"stopped; {advice}", file=sys.stderr)
         return (*stop.args, 130)[0]  # 128 and the signal's number
     print(results(cfg, metrics, len(trainer.crosscoder.b_dec)))
-    seconds = time.time() - start
+    seconds = time.time() - start_time
     tokens = (trainer.step_counter - first_step) * cfg["batch_size"]
     print(f"{tokens / seconds:,.0f} tokens/s all in all, {seconds:,.0f} s, "
           f"peak memory {peak_memory(cfg['device']) / 1e9:.2f} GB")
@@ -715,4 +881,8 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    sys.stdout = Quiet(sys.stdout)
+    sys.stderr = Quiet(sys.stderr)
+    exit_code = main(sys.argv[1:])
+    sys.exit(exit_code)

@@ -60,7 +60,7 @@ def get_sources(models: list, cfg: dict) -> list[Source]:
     for m, model in enumerate(models):
         depth = model.cfg.n_layers
         for layer in cfg["layers"] or range(depth):
-            if layer >= depth:
+            if not 0 <= layer < depth:
                 raise bad("layers", cfg["layers"], f"the layers are 0 to {depth - 1}")
             hook = get_act_name(cfg["site"], layer)
             if hook not in model.hook_dict:
@@ -116,7 +116,7 @@ def get_stacked_resids(models: list, tokens: Tokens, cfg: dict) -> Resids:
             model.run_with_hooks(tokens, return_type=None, fwd_hooks=hooks)
         if unseen:
             hook = sources[unseen[0]].hook
-            raise bad("site", cfg["site"], f"{hook} not seen; open the models with this cfg")
+            raise bad("site", cfg["site"], f"{hook} is not computed; open the models with this cfg")
     return resids
 
 
@@ -179,8 +179,9 @@ class CrossCoder(nn.Module):
             init_norm = 3**-0.5 / n_layers  # [J25]
         W_dec *= init_norm / W_dec.norm(dim=-1, keepdim=True)
         W_enc = einops.rearrange(W_dec, "d_sae n_layers d_model -> n_layers d_model d_sae")
+        W_enc = W_enc.clone(memory_format=torch.contiguous_format)
 
-        self.W_enc: Float[Tensor, "n_layers d_model d_sae"] = nn.Parameter(W_enc.contiguous())
+        self.W_enc: Float[Tensor, "n_layers d_model d_sae"] = nn.Parameter(W_enc)
         self.W_dec: Float[Tensor, "d_sae n_layers d_model"] = nn.Parameter(W_dec)
         self.b_enc: Float[Tensor, "d_sae"] = nn.Parameter(torch.zeros(d_sae))
         self.b_dec: Float[Tensor, "n_layers d_model"] = nn.Parameter(torch.zeros(n_layers, d_model))
@@ -215,9 +216,17 @@ class CrossCoder(nn.Module):
                 W[first : first + n_exclusive, :m] = 0
                 W[first : first + n_exclusive, m + 1 :] = 0
 
+    def extra_repr(self) -> str:
+        """What print(crosscoder) says of it."""
+        d_sae, n_layers, d_model = self.W_dec.shape
+        return f"{self.activation}, {d_sae:,} latents, {n_layers} sources of width {d_model}"
+
     # ---- CrossCoder: the forward pass
     def normalise(self, x: Resids) -> Resids:
-        """x -> y, in fp32."""
+        """x -> y, in fp32. ValueError for another shape, which would be broadcast, or whole numbers."""
+        if x.shape[-2:] != self.b_dec.shape or not x.is_floating_point():
+            wanted = f"floating-point [..., {', '.join(map(str, self.b_dec.shape))}]"
+            raise ValueError(f"x: {x.dtype} {list(x.shape)}, not {wanted}")
         return x.float() / self.norm_factor[:, None]
 
     def get_pre_acts(self, y: Resids) -> Acts:
@@ -225,10 +234,11 @@ class CrossCoder(nn.Module):
         rows = y.reshape(-1, self.b_dec.numel()).to(self.dtype)  # [rows, n_layers * d_model]
         h, _ = Product.apply(rows, self.W_enc.flatten(0, 1))
         h = h + self.b_enc.to(self.dtype)
-        return h.view(*y.shape[:-2], -1)
+        return h.view(*y.shape[:-2], self.b_enc.numel())
 
     def encode(self, x: Resids) -> Acts:
-        """Raw activations to latent activations, in the compute type. No row depends on another."""
+        """Raw activations to latent activations, in the compute type. No row depends on another.
+        Gradients are tracked, as by decode; where none are wanted use torch.no_grad()."""
         h = self.get_pre_acts(self.normalise(x))
         if self.activation != "topk":
             return h * (h > self.get_thresholds())
@@ -297,7 +307,7 @@ class CrossCoder(nn.Module):
         row topk and batchtopk keep, if not cfg["k"]. dead: latents that AuxK is to revive."""
         y = self.normalise(x)
         h = self.get_pre_acts(y)
-        batch = len(y)
+        batch = max(1, len(y))  # nothing is lost on no rows
         places = None
         if self.activation == "relu":
             acts = F.relu(h)
@@ -310,8 +320,7 @@ class CrossCoder(nn.Module):
         error = y_hat - y
 
         l2_loss = error.pow(2).sum() / batch
-        mean_square = y.norm(dim=-1).pow(2).sum() / batch  # without a second tensor as large as y
-        variance = mean_square - y.mean(0).pow(2).sum()
+        variance = (y - y.mean(0)).norm(dim=-1).pow(2).sum() / batch
         fired = (acts > 0).sum(0, dtype=torch.int32)
         if self.activation == "jumprelu":  # its constants, 4 and 3e-6, are those of [J25]
             l1_loss = (torch.tanh(4 * acts * norms) @ self.penalty).sum() / batch
@@ -407,16 +416,21 @@ class CrossCoder(nn.Module):
         """Writes the folder path, whole or not at all: crosscoder.safetensors, cfg.json,
         manifest.json. The tensors of a trainer's state go into trainer.safetensors, all else into
         trainer.json. OSError where it cannot be written, or something is there already."""
+        if Path(path).exists():
+            raise FileExistsError(f"{path} is there already; save to a new folder")
         with atomically(Path(path)) as folder:
             folder.mkdir()
             (folder / "cfg.json").write_text(json.dumps(self.cfg, indent=2) + "\n")
-            safetensors.torch.save_file(self.state_dict(), folder / "crosscoder.safetensors")
+            weights = {key: value.contiguous() for key, value in self.state_dict().items()}
+            safetensors.torch.save_file(weights, folder / "crosscoder.safetensors")
             if state:
                 tensors = {key: value for key, value in state.items() if isinstance(value, Tensor)}
                 others = {key: value for key, value in state.items() if key not in tensors}
                 safetensors.torch.save_file(tensors, folder / "trainer.safetensors")
                 (folder / "trainer.json").write_text(json.dumps(others))
             manifest = {file.name: get_identity(file) for file in folder.iterdir()}
+            for name in manifest:  # safetensors lets nobody else read its files
+                shutil.copymode(folder / "cfg.json", folder / name)
             (folder / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n")
 
     @classmethod
@@ -433,6 +447,9 @@ class CrossCoder(nn.Module):
                 cfg.setdefault("shared_penalty", 0.1)
             weights = safetensors.torch.load_file(folder / "crosscoder.safetensors")
             n_layers, d_model, d_sae = weights["W_enc"].shape
+            is_finite = all(weight.isfinite().all() for weight in weights.values())
+            if not is_finite or not weights["norm_factor"].min() > 0 or weights["W_enc"].numel() == 0:
+                raise ValueError("weights are not finite, none, or divided by 0")
             crosscoder = cls({**cfg, "dict_size": d_sae, "device": device}, n_layers, d_model)
             crosscoder.load_state_dict(weights)
         except Exception as error:
@@ -557,6 +574,14 @@ class Buffer:
             if isinstance(value, Tensor):
                 value = value.to(self.buffer.device)
             setattr(self, name, value)
+        slots = torch.arange(self.size, device=self.order.device)
+        waiting = self.size - self.pointer
+        is_whole = (
+            torch.equal(self.order.sort().values, slots) and self.row_numbers.shape == slots.shape
+            and self.row_numbers.min() >= 0 and self.row_numbers.max() < self.next_row
+            and 0 <= waiting <= self.size and self.next_row == self.rows_served + waiting == self.bounds[-1])
+        if not is_whole:
+            raise bad("resume", self.cfg["resume"], "its buffer's state is not one of this run")
         if self.hash_text() != state["text"]:
             text = self.cfg["tokens"] or self.cfg["dataset"]
             raise bad("tokens", text, "not the text of the run so far")
@@ -576,29 +601,35 @@ def iter_rows(models: list, tokens: Tokens, cfg: dict) -> Iterator[Tensor]:
 @torch.no_grad()
 def get_stats(crosscoder: CrossCoder, models: list, tokens: Tokens, cfg: dict) -> dict:
     """How the crosscoder reconstructs and fires on tokens without position 0. On the CPU, in float64:
-    fvu [n_layers]: sum ||x - x_hat||^2 / sum ||x - mean||^2, the mean per dimension over the tokens
+    fvu [n_layers]: sum ||x - x_hat||^2 / sum ||x - mean||^2, the mean per dimension over the tokens;
+    nan where x is constant
     fvu_all: the same over all sources, source l weighted by norm_factor[l] ** -2, as in the loss
     norm_ratio [n_layers]: E||x_hat|| / E||x||, below 1 where there is shrinkage
     mean [n_layers, d_model]: E x; l0: active latents a token; freqs [d_sae]: how often each fires"""
     n_rows = totals = means = fires = 0
+    center = None  # near the mean; squares around 0 would have lost the digits of the variance
     for x in iter_rows(models, tokens, cfg):
         x = x.float()
+        if center is None:
+            center = x.mean(0)
         acts = crosscoder.encode(x)
         x_hat = crosscoder.decode(acts)
         sums = torch.stack([
-            x.pow(2).sum((0, 2)), (x - x_hat).pow(2).sum((0, 2)),
+            (x - center).pow(2).sum((0, 2)), (x - x_hat).pow(2).sum((0, 2)),
             x.norm(dim=-1).sum(0), x_hat.norm(dim=-1).sum(0)])
         totals = totals + sums.cpu().double()  # [4, n_layers]
-        means = means + x.sum(0).cpu().double()
+        means = means + (x - center).sum(0).cpu().double()
         fires = fires + (acts > 0).sum(0).cpu().double()
         n_rows += len(x)
     squares, errors, norms, norms_hat = totals
     means = means / n_rows
     variances = squares - n_rows * means.pow(2).sum(-1)  # [n_layers]
+    means = means + center.cpu().double()
+    variances[variances <= 1e-14 * n_rows * means.pow(2).sum(-1)] = math.nan  # nothing to explain
     weights = crosscoder.norm_factor.cpu().double().pow(-2)
     return {
         "fvu": errors / variances,
-        "fvu_all": (errors * weights).sum() / (variances * weights).sum(),
+        "fvu_all": (errors * weights).sum() / (variances * weights).nansum(),
         "norm_ratio": norms_hat / norms,
         "mean": means,
         "l0": fires.sum() / n_rows,
@@ -723,7 +754,8 @@ def find_checkpoint(key: str, path: Path, names: list[str]) -> Path:
                     raise ValueError(f"{name} is not as in manifest.json")
             return folder
         except Exception as error:
-            problem = bad(key, str(folder), f"no checkpoint, or a damaged one ({error})")
+            problem = bad(key, str(folder), f"no checkpoint, or a damaged one ({error}); give a run's "
+                          "folder, version_N, or a step_N in it")
         if folders:
             print(f"{problem}; trying the one before", file=sys.stderr)
     raise problem
@@ -735,8 +767,8 @@ def open_run(cfg: dict) -> tuple[Path, filelock.FileLock]:
     folder = Path(cfg["resume"]).parent
     try:
         if not cfg["resume"]:
-            folder = make_run_folder(Path(cfg["save_dir"]))
-        lock = filelock.FileLock(folder / ".lock", blocking=False, is_singleton=True)
+            folder = make_run_folder(Path(cfg["save_dir"]).expanduser().resolve())
+        lock = filelock.FileLock(folder / ".lock", blocking=False)
         lock.acquire()
         for left in folder.glob(".step_*"):  # where a process died while writing
             shutil.rmtree(left)
@@ -807,6 +839,7 @@ class Trainer:
         self.wandb_id = secrets.token_hex(4)
         self.wandb_failed = False
         self.stop: BaseException | None = None  # train raises it after the step
+        self.save_soon = False  # train saves after the step
         self.run_dir, self.lock = open_run(cfg)
         if cfg["resume"]:
             self.load(Path(cfg["resume"]))
@@ -822,6 +855,8 @@ class Trainer:
         norms = 0
         for x in rows.split(self.cfg["batch_size"]):  # in fp32 not all at once
             norms = norms + x.float().norm(dim=-1).sum(0)
+        if not norms.min() > 0:
+            raise bad("site", self.cfg["site"], "its activations are all 0, or not finite")
         return norms / len(rows) / math.sqrt(rows.shape[-1])
 
     # ---- Trainer: schedules
@@ -905,12 +940,12 @@ class Trainer:
                 mode=self.cfg["wandb_mode"], resume="allow",
                 settings={"init_timeout": 30, "finish_timeout": 30})
             self.run_steps()
+            final = self.evaluate()
+            self.log(final)
             while not self.save():  # try again rather than lose it
                 if self.stop:
                     raise self.stop
                 time.sleep(5)
-            final = self.evaluate()
-            self.log(final)
             return final
         except BaseException:
             # After that many bad steps the checkpoint before is better than what there is now.
@@ -943,7 +978,8 @@ class Trainer:
                     self.check_finite()
                 if self.stop:
                     raise self.stop
-                if self.step_counter % cfg["save_every"] == 0 and not is_last:
+                if (self.step_counter % cfg["save_every"] == 0 and not is_last) or self.save_soon:
+                    self.save_soon = False
                     if not self.skipped_in_a_row:  # else the weights may already be bad
                         self.save()
 
@@ -1019,6 +1055,8 @@ class Trainer:
             state = {key: tensor.clone() for key, tensor in state.items()}
             state |= json.loads((folder / "trainer.json").read_text())
             for name in self.STATE:
+                if type(state[name]) is not type(getattr(self, name)):
+                    raise TypeError(name)
                 setattr(self, name, state[name])
             for name, parameter in self.crosscoder.named_parameters():
                 self.optimizer.state[parameter] = select(f"adam.{name}.")

@@ -29,8 +29,11 @@ import torch
 from torch import nn
 from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
-from train import TINY, load_models, make_cfg, tune_allocator
+from train import load_models, make_cfg, tune_allocator
 from utils import CrossCoder, Trainer, get_stacked_resids
+
+
+TINY = Path(__file__).parent / "tiny"
 
 
 class Reference:

@@ -18,6 +18,7 @@ from unittest import mock
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["OMP_WAIT_POLICY"] = "passive"  # threads that spin on cores that others share: 20 times slower
 ROOT = Path(__file__).parent.parent
+TINY = ROOT / "tests" / "tiny"
 sys.path.insert(0, str(ROOT))
 
 import pytest
@@ -26,7 +27,7 @@ import tqdm
 
 import train
 from hub import Hub
-from train import get_tokenizer, load_models, load_tokens, make_cfg
+from train import load_models, load_tokens, make_cfg
 
 
 @pytest.fixture(autouse=True)
@@ -50,7 +51,7 @@ def models(cfg):
 
 @pytest.fixture(scope="session")
 def tokens(cfg, models):
-    return load_tokens(cfg, get_tokenizer(models))
+    return load_tokens(cfg, models)
 
 
 READ = ["model_name", "layers", "site", "center", "norm", "seq_len", "enc_dtype", "device"]  # by load_models
@@ -61,7 +62,7 @@ def open_models(cfg: dict) -> list:
     """load_models, once a session: for tests that leave the models as they are."""
     key = json.dumps([cfg[name] for name in READ])
     if key not in OPENED:
-        OPENED[key] = load_models(cfg)
+        OPENED[key] = load_models({**cfg})
     return OPENED[key]
 
 

@@ -16,7 +16,7 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from train import get_tokenizer, load_models, load_tokens, make_cfg, parse_overrides
+from train import load_models, load_tokens, make_cfg, parse_overrides
 from utils import Trainer
 
 SPARSITIES = {  # chosen so that the L0 overlap
@@ -111,7 +111,7 @@ def main(argv: list[str]) -> None:
                 cfg = make_cfg(**{**overrides, **choice, "save_dir": str(args.out / "runs"), "keep": 1})
                 if models is None:
                     models = load_models(cfg)
-                    all_tokens = load_tokens(cfg, get_tokenizer(models))
+                    all_tokens = load_tokens(cfg, models)
                 metrics = train(cfg, models, all_tokens)
                 rows.append({"seed": seed, "activation": activation, "value": value, **metrics})
                 with open(file, "a") as log:

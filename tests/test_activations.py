@@ -4,8 +4,8 @@ import pytest
 import torch
 from transformer_lens.model_bridge import TransformerBridge
 
-from conftest import open_models
-from train import PRESETS, TINY, load_models, make_cfg
+from conftest import TINY, open_models
+from train import PRESETS, load_models, make_cfg
 from utils import get_sources, get_stacked_resids, source_names
 
 
@@ -170,7 +170,12 @@ def other_models(tmp_path_factory):
     (dict(model_name="base,llama", layers="1"), "^model_name=.*base and .*llama differ in width"),
     (dict(model_name="narrow,base"), "^model_name=.*narrow and .*base differ in width"),
     (dict(model_name="llama", center=True), "no LayerNorm"),
-    (dict(norm="1.5,2,2.5"), r"^norm=\[1.5, 2.0, 2.5\]: give a number for each of the 4 sources, or none"),
+    (dict(norm="1.5,2,2.5"), r"^norm=\[1.5, 2.0, 2.5\]: give a number above 0 for each of the 4 sources"),
+    (dict(norm="1,2,3,0"), "^norm=.*above 0"),
+    (dict(norm=[1.0, 2, 3, -2.0]), "^norm=.*above 0"),
+    (dict(norm="1,2,3,nan"), "^norm=.*above 0"),
+    (dict(norm="1,2,3,inf"), "^norm=.*above 0"),
+    (dict(layers=[0, -1]), "^layers=.*the layers are 0 to 3"),
     (dict(norm=PRESETS["gpt2-published"]["norm"]), "^norm=.*each of the 4 sources"),
     (dict(norm=[1, 2, 3, 4], layers="0,1,3"), "^norm=.*each of the 3 sources"),
 ])

@@ -3,7 +3,8 @@ import json
 import pytest
 
 import bench
-from train import TINY, make_cfg
+from conftest import TINY
+from train import make_cfg
 from utils import Trainer, get_stacked_resids
 
 

@@ -140,3 +140,15 @@ def test_a_state_of_another_text_is_refused(cfg, models, tokens, buffer):
     buffer.next()
     with pytest.raises(ValueError, match="^tokens=.*not the text of the run so far"):
         Buffer(cfg, models, tokens[1:22]).load_state_dict(buffer.state_dict())
+
+
+@pytest.mark.parametrize("name, value", [
+    ("pointer", 10**15), ("pointer", -1), ("next_row", 10**15), ("next_row", 0), ("bounds", [0]), ("bounds", [0, 10**12]),
+    ("order", torch.zeros(1024, dtype=torch.long)), ("order", torch.arange(10**6)), ("row_numbers", torch.arange(1024) - 1),
+    ("row_numbers", torch.arange(1024) + 10**12), ("row_numbers", torch.arange(5))])
+def test_a_state_that_is_not_of_this_run_is_refused_at_once(cfg, models, tokens, buffer, name, value):
+    buffer.next()
+    state = buffer.state_dict()
+    with pytest.raises(ValueError, match="^resume=.*its buffer's state is not one of this run"):
+        Buffer(cfg, models, tokens[:21]).load_state_dict({**state, name: value})
+    Buffer(cfg, models, tokens[:21]).load_state_dict(state)

@@ -87,7 +87,7 @@ def test_memory_is_enough_and_not_much_more(cfg, tokens, large, enc_dtype):
     cfg = {**cfg, "buffer_mult": 2, "model_batch_size": 4, "eval_seqs": 4, "enc_dtype": enc_dtype, **large}
     models = open_models(cfg)
     trainer = Trainer(cfg, models, tokens[:200])
-    memory = train.get_memory(cfg, 4, 128, models[0].cfg.d_vocab)
+    memory = train.check_memory(cfg, 4, 128, models[0].cfg.d_vocab)
     trainer.step()
     buffer = trainer.buffer
     weights = sum(parameter.nbytes for parameter in trainer.crosscoder.parameters())
@@ -117,7 +117,7 @@ def test_a_run_that_does_not_fit_says_so_at_once_and_what_to_lower(key, value, c
     assert re.match(f"error: device='cpu': {sizes}", error)
     assert re.search(rf"lower (\w+ or )?{key}$", error)
     cfg = make_cfg(preset="tiny", eval_seqs=10**9, device="cpu")
-    train.check_memory(cfg, train.get_memory(cfg, 4, 128, 4096))  # with the preset's it fits
+    train.check_memory(cfg, 4, 128, 4096)  # with the preset's it fits
 
 
 def test_as_a_process_bad_input_says_one_line_and_no_traceback(tmp_path):

@@ -1,11 +1,15 @@
+import json
+import os
+import resource
 import shutil
 
 import pytest
+import safetensors.torch
 import torch
 
 from planted import functions_of_scratch
 from train import make_cfg
-from utils import CrossCoder
+from utils import CrossCoder, get_identity
 
 
 def crosscoder_for(n_layers, d_model, dict_size, **overrides):
@@ -87,6 +91,31 @@ def test_encode_and_decode_have_gradients_whatever_the_leading_axes(crosscoder, 
     assert torch.allclose(crosscoder(x[0, 0]), crosscoder(x)[0, 0], atol=1e-5)  # one row, without leading axes
 
 
+@pytest.mark.parametrize("x", [
+    torch.ones(4, 1, 5), torch.ones(4, 3, 1), torch.ones(5), torch.ones(()), torch.ones(3), torch.ones(4, 5, 3),
+    torch.ones(4, 3, 5).int(), torch.ones(4, 3, 5).bool()], ids=lambda x: f"{x.dtype} {list(x.shape)}")
+def test_what_is_not_activations_of_all_sources_is_refused_with_both_shapes(crosscoder, x):
+    for function in (crosscoder, crosscoder.encode, crosscoder.get_losses):
+        with pytest.raises(ValueError) as error:
+            function(x)
+        assert str(error.value) == f"x: {x.dtype} {list(x.shape)}, not floating-point [..., 3, 5]"
+
+
+@pytest.mark.parametrize("activation", ["relu", "topk", "batchtopk", "jumprelu"])
+def test_no_rows_are_a_batch(activation):
+    crosscoder = crosscoder_for(3, 5, 70, activation=activation, **({"k": 1} if "topk" in activation else {}))
+    x = torch.ones(0, 3, 5)
+    assert crosscoder.encode(x).shape == (0, 70) and crosscoder(x).shape == (0, 3, 5)
+    losses = crosscoder.get_losses(x)
+    (losses.l2_loss + losses.l1_loss).backward()
+    assert losses.l2_loss == losses.l1_loss == losses.l0_loss == 0
+    assert not crosscoder.W_enc.grad.any() and not crosscoder.W_dec.grad.any()
+
+
+def test_print_says_what_it_is(crosscoder):
+    assert str(crosscoder) == "CrossCoder(relu, 7 latents, 3 sources of width 5)"
+
+
 def test_initialisation_is_transposed_has_the_norm_at_each_source_and_leaves_the_global_seed_alone():
     state = torch.get_rng_state()
     first, again, other = (crosscoder_for(3, 16, 50, dec_init_norm=0.08, seed=seed) for seed in (1, 1, 2))
@@ -145,13 +174,40 @@ def test_a_save_that_fails_leaves_nothing_and_none_replaces_what_is_there(crossc
     (tmp_path / "notes" / "mine.txt").write_text("precious")
     for folder in ("good", "notes"):
         before = {file: file.read_bytes() for file in (tmp_path / folder).iterdir()}
-        with pytest.raises(OSError, match="not empty"):
+        with pytest.raises(OSError, match="is there already; save to a new folder"):
             crosscoder.save(tmp_path / folder)
         assert {file: file.read_bytes() for file in (tmp_path / folder).iterdir()} == before
     crosscoder.cfg = {**crosscoder.cfg, "seed": object()}  # json cannot write this
     with pytest.raises(TypeError):
         crosscoder.save(tmp_path / "new")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["good", "notes"]
+
+
+@pytest.mark.parametrize("mask, mode", [(0o022, 0o644), (0o027, 0o640), (0o077, 0o600)])
+def test_the_umask_decides_who_may_read(crosscoder, tmp_path, mask, mode):
+    before = os.umask(mask)
+    try:
+        crosscoder.save(tmp_path / "cc", {"tensor": torch.ones(3), "number": 1})
+    finally:
+        os.umask(before)
+    assert {file.name: file.stat().st_mode & 0o777 for file in (tmp_path / "cc").iterdir()} == dict.fromkeys(
+        ["cfg.json", "crosscoder.safetensors", "manifest.json", "trainer.json", "trainer.safetensors"], mode)
+
+
+def test_one_latent_or_those_that_are_left_can_be_saved(crosscoder, tmp_path):
+    x = torch.randn(4, 3, 5, generator=torch.Generator().manual_seed(2))
+    one = crosscoder_for(3, 5, 1)
+    one.save(tmp_path / "one")
+    assert torch.equal(CrossCoder.load(tmp_path / "one")(x), one(x))
+    with torch.no_grad():
+        acts = crosscoder.encode(x)
+        for name, latents in (("W_enc", -1), ("W_dec", 0), ("b_enc", 0)):
+            weight = getattr(crosscoder, name).movedim(latents, 0)[::2].movedim(0, latents)
+            setattr(crosscoder, name, torch.nn.Parameter(weight))
+    assert not crosscoder.W_enc.is_contiguous() and crosscoder.b_enc.shape == (4,)
+    crosscoder.save(tmp_path / "pruned")
+    loaded = CrossCoder.load(tmp_path / "pruned")
+    assert torch.allclose(loaded.encode(x), acts[:, ::2], atol=1e-6) and torch.equal(loaded(x), crosscoder(x))
 
 
 def test_what_is_no_whole_checkpoint_is_refused(crosscoder, tmp_path):
@@ -181,6 +237,29 @@ def test_a_checkpoint_of_something_else_is_refused(crosscoder, tmp_path):
     for name in ("wrong_shape", "foreign"):
         with pytest.raises(ValueError, match=f"{name}': it holds no crosscoder"):
             CrossCoder.load(tmp_path / name)
+
+
+@pytest.mark.parametrize("name, value", [
+    ("W_enc", float("nan")), ("b_dec", float("inf")), ("norm_factor", 0), ("norm_factor", -1), ("norm_factor", float("nan"))])
+def test_weights_that_are_not_finite_or_divided_by_0_are_refused(crosscoder, tmp_path, name, value):
+    getattr(crosscoder, name).data.view(-1)[0] = value
+    crosscoder.save(tmp_path / "cc")
+    with pytest.raises(ValueError, match="holds no crosscoder: .*weights are not finite, none, or divided by 0"):
+        CrossCoder.load(tmp_path / "cc")
+
+
+def test_a_small_file_that_says_that_it_is_large_is_refused_at_once(crosscoder, tmp_path):
+    crosscoder.save(tmp_path / "cc")
+    file = tmp_path / "cc" / "crosscoder.safetensors"
+    weights = safetensors.torch.load_file(file)
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    for shape in ((1, 0, 200_000_000), (0, 5, 7), (3, 5, 0)):
+        safetensors.torch.save_file(weights | {"W_enc": torch.empty(shape)}, file)
+        manifest = {file.name: get_identity(file) for file in (tmp_path / "cc").iterdir()}
+        (tmp_path / "cc" / "manifest.json").write_text(json.dumps(manifest))
+        with pytest.raises(ValueError, match="holds no crosscoder"):
+            CrossCoder.load(tmp_path / "cc")
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss < most + 10_000  # of 1,024 bytes
 
 
 def test_loading_takes_the_shape_from_the_weights_and_survives_keys_of_another_version(crosscoder, tmp_path):

@@ -1,5 +1,7 @@
 """Two models: what is mixed, tied and held at zero, and what tells whose a latent is."""
+import copy
 import json
+import pickle
 import re
 
 import numpy as np
@@ -9,9 +11,9 @@ import torch
 from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 import train
-from conftest import ROOT, open_models
+from conftest import ROOT, TINY, open_models
 from planted import functions_of_scratch, run
-from train import TINY, get_tokenizer, load_models, load_tokens, make_cfg
+from train import get_tokenizer, load_models, load_tokens, make_cfg
 from utils import CrossCoder, Trainer, get_stats
 
 SCRATCH = functions_of_scratch()
@@ -42,7 +44,7 @@ def crosscoder_for(n_layers=4, d_model=6, **overrides):
 def test_a_mix_has_its_shares_throughout(two, tmp_path):
     kjv, wordnet = np.load(TINY / "kjv.npy"), np.load(TINY / "wordnet.npy")
     np.save(tmp_path / "short.npy", wordnet[:300])
-    tokens = load_tokens(make_cfg(**SMALL, tokens=f"{TINY / 'kjv.npy'}:3,{tmp_path / 'short.npy'}:1"), get_tokenizer(two))
+    tokens = load_tokens(make_cfg(**SMALL, tokens=f"{TINY / 'kjv.npy'}:3,{tmp_path / 'short.npy'}:1"), two)
     assert tokens.shape == (1200, 128)  # until one is used up
     is_kjv = [row in {r.tobytes() for r in kjv[:900]} for row in (row.numpy().tobytes() for row in tokens)]
     assert sum(is_kjv) == 900
@@ -51,14 +53,14 @@ def test_a_mix_has_its_shares_throughout(two, tmp_path):
     for shares in (("", ""), (":1", ":-1"), (":nan", ":1"), (":0", ":1"), (":a", ":b")):
         mix = ",".join(f"{TINY / name}{share}" for name, share in zip(("kjv.npy", "wordnet.npy"), shares))
         with pytest.raises(ValueError, match="^tokens=.*its share"):
-            load_tokens(make_cfg(**SMALL, tokens=mix), get_tokenizer(two))
+            load_tokens(make_cfg(**SMALL, tokens=mix), two)
 
 
 def test_more_of_a_mix_begins_with_the_same_rows_and_ids_of_two_types_go_together(two, tmp_path):
     wordnet = np.load(TINY / "wordnet.npy")
     np.save(tmp_path / "short.npy", wordnet[:101].astype(np.int64))
     np.save(tmp_path / "long.npy", wordnet[:307].astype(np.int64))
-    short, long = (load_tokens(make_cfg(**SMALL, tokens=f"{TINY / 'kjv.npy'}:0.3,{tmp_path / name}:0.7"), get_tokenizer(two))
+    short, long = (load_tokens(make_cfg(**SMALL, tokens=f"{TINY / 'kjv.npy'}:0.3,{tmp_path / name}:0.7"), two)
                    for name in ("short.npy", "long.npy"))
     assert 140 < len(short) < len(long) and torch.equal(short[:-6], long[: len(short) - 6])
 
@@ -82,15 +84,36 @@ def test_a_mix_of_text_and_chat_keeps_the_control_tokens_for_both_models(tmp_pat
     chat = [{"role": "user", "content": "Who made it?"}, {"role": "assistant", "content": "And God said, " * 40}]
     for column in ("conversation", "messages"):
         (tmp_path / "chat" / "all.jsonl").write_text(json.dumps({column: chat}) + "\n" + json.dumps({column: chat}) + "\n")
-        tokens = load_tokens(cfg, tokenizer)
+        tokens = load_tokens(cfg, models)
         first, second = (tuned.decode(row[1:].long()) for row in tokens[:2])
         assert first.startswith("In the beginning") and second.startswith("<user>Who made it?<assistant>And God said,")
         assert (tokens[:, 0] == tuned.bos_token_id).all()
 
 
+def load_anew(crosscoder):
+    other = CrossCoder({**crosscoder.cfg, "seed": 1}, *crosscoder.b_dec.shape)
+    other.load_state_dict(crosscoder.state_dict(), assign=True)
+    return other
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda crosscoder: pickle.loads(pickle.dumps(crosscoder)), load_anew])
+def test_a_copy_is_held_to_shared_and_exclusive_latents_as_the_original_is(two, copied):
+    cfg = make_cfg(**small("relu", n_shared=40, n_exclusive=30))
+    trainer = Trainer(cfg, two, load_tokens(cfg, two)[:60])
+    trainer.step()
+    before = trainer.crosscoder.W_dec.detach().clone()
+    trainer.crosscoder = copied(trainer.crosscoder)
+    trainer.optimizer = torch.optim.Adam(trainer.crosscoder.parameters(), 1e-3, fused=True)
+    for _ in range(3):
+        trainer.step()
+    W_dec = trainer.crosscoder.W_dec.detach()
+    assert ((W_dec - before).flatten(1).norm(dim=1) > 0).all()
+    assert torch.equal(W_dec[:40, 0], W_dec[:40, 1]) and not W_dec[40:70, 1].any() and not W_dec[70:100, 0].any()
+
+
 @pytest.mark.parametrize("activation", ["relu", "topk", "batchtopk", "jumprelu"])
 def test_decoders_begin_alike_and_shared_and_exclusive_latents_stay_so(two, activation):
-    tokens = load_tokens(make_cfg(**SMALL), get_tokenizer(two))[:60]
+    tokens = load_tokens(make_cfg(**SMALL), two)[:60]
     cfg = make_cfg(**small(activation, layers="1,3", n_shared=40, n_exclusive=30, aux_coeff=0.1))
     trainer = Trainer(cfg, two, tokens)
     _, cosines = SCRATCH["get_relative_norms"](trainer.crosscoder)
@@ -105,7 +128,9 @@ def test_decoders_begin_alike_and_shared_and_exclusive_latents_stay_so(two, acti
     for W in (W_dec, W_enc):
         assert not W[40:70, 2:].any() and W[40:70, :2].all() and not W[70:100, :2].any() and W[70:100, 2:].all()
         assert (W[100:, :2] != W[100:, 2:]).any(2).all()
-    resumed = Trainer({**cfg, "resume": str(trainer.save())}, two, tokens)
+    path = trainer.save()
+    trainer.lock.release()
+    resumed = Trainer({**cfg, "resume": str(path)}, two, tokens)
     assert trainer.step()["loss/total"] == resumed.step()["loss/total"]
     assert torch.equal(resumed.crosscoder.W_dec, trainer.crosscoder.W_dec)
 
@@ -163,7 +188,7 @@ def test_relative_norms_cosines_and_counts_by_hand(two):
     crosscoder.W_enc.data.zero_()
     crosscoder.b_enc.data[:] = torch.tensor([1.0] * 4 + [-1] * 8)  # the first four are always active
     cfg = {**crosscoder.cfg, "model_batch_size": 2}
-    freqs = get_stats(crosscoder, two, load_tokens(cfg, get_tokenizer(two))[:2], cfg)["freqs"]
+    freqs = get_stats(crosscoder, two, load_tokens(cfg, two)[:2], cfg)["freqs"]
     counts = SCRATCH["get_diff_counts"](crosscoder, freqs)
     assert [counts[key] for key in ("shared", "only_0", "only_1", "cosine")] == [2, 1, 1, 0]
     crosscoder.W_dec.data[:, 1] = 0
@@ -212,7 +237,7 @@ def gradients_back_on():
 @pytest.mark.parametrize("activation", ["relu", "batchtopk"])
 def test_the_cells_on_model_diffing_run_on_two_models(two, activation, capsys, gradients_back_on):
     cfg = make_cfg(**small(activation, num_tokens=64 * 200, n_exclusive=20))
-    Trainer(cfg, two, load_tokens(cfg, get_tokenizer(two))[:80]).train()
+    Trainer(cfg, two, load_tokens(cfg, two)[:80]).train()
     first, *others = re.split(r"^(?=# %%)", (ROOT / "scratch.py").read_text(), flags=re.MULTILINE)[1:]
     cells = [cell for cell in others if cell.startswith("# %% Model diff")]
     assert len(cells) == 6

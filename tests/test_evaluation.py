@@ -1,10 +1,12 @@
 import json
+import math
 
 import pytest
 import torch
 
-from conftest import open_models
-from train import RECIPES, TINY, USED_BY, make_cfg
+import utils
+from conftest import TINY, open_models
+from train import RECIPES, USED_BY, make_cfg
 from utils import (
     CrossCoder, evaluate, get_ce, get_identity, get_sources, get_stacked_resids, get_stats, iter_rows, source_names)
 
@@ -37,6 +39,40 @@ def test_fvu_l0_norm_ratio_and_frequencies_equal_their_definitions(crosscoder, m
     assert torch.allclose(stats["freqs"], (acts > 0).double().mean(0))
     assert stats["l0"].item() == pytest.approx((acts > 0).sum(-1).double().mean().item())
     assert torch.allclose(stats["mean"], x.mean(0), atol=1e-5)
+
+
+@pytest.mark.parametrize("ratio", [1, 1e2, 1e4, 1e6])
+def test_fvu_is_right_however_far_the_mean_is_from_zero(cfg, monkeypatch, ratio):
+    """Against float64. In fp32 a sum of squares would have lost the variance at a ratio of 1e4."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(4000, 2, 6, generator=generator) * torch.linspace(0.1, 3, 6)
+    x[:, 0] += ratio * torch.randn(6, generator=generator)
+    crosscoder = CrossCoder({**cfg, "dict_size": 20, "dec_init_norm": 0.3}, 2, 6)
+    crosscoder.b_dec.data.copy_(x.mean(0) + 0.1)
+    monkeypatch.setattr(utils, "iter_rows", lambda *_: iter(x.split(512)))
+    stats = get_stats(crosscoder, [], None, cfg)
+    x_hat = crosscoder(x).double()
+    x = x.double()
+    variances = (x - x.mean(0)).pow(2).sum((0, 2))
+    assert torch.allclose(stats["fvu"], (x - x_hat).pow(2).sum((0, 2)) / variances, rtol=1e-4)
+    assert stats["fvu_all"].item() == pytest.approx(((x - x_hat).pow(2).sum() / variances.sum()).item(), rel=1e-4)
+    assert torch.allclose(stats["mean"], x.mean(0), rtol=1e-6, atol=1e-6)
+
+
+def test_where_there_is_nothing_to_explain_fvu_is_nan_and_over_all_sources_it_is_of_the_others(cfg, monkeypatch):
+    x = torch.randn(1000, 3, 6, generator=torch.Generator().manual_seed(0))
+    x[:, 1] = 7.1
+    x[:, 2] = 0
+    crosscoder = CrossCoder({**cfg, "dict_size": 20, "dec_init_norm": 0.3}, 3, 6)
+    monkeypatch.setattr(utils, "iter_rows", lambda *_: iter(x.split(300)))
+    stats = get_stats(crosscoder, [], None, cfg)
+    assert 0 < stats["fvu"][0] and stats["fvu"][1:].isnan().all() and 0 < stats["fvu_all"] < math.inf
+    same = x[:1].expand(50, 3, 6)
+    losses = crosscoder.get_losses(same)
+    assert not losses.fvu < 0
+    spread = crosscoder.get_losses(1000 + x[:, :1].expand(1000, 3, 6))
+    wanted = spread.l2_loss.double() / (x[:, 0].double().var(0, correction=0).sum() * 3)
+    assert spread.fvu.item() == pytest.approx(wanted.item(), rel=1e-3)
 
 
 def test_the_true_activations_spliced_in_leave_the_ce_as_it_is(models, held_out, cfg):

@@ -29,8 +29,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from conftest import ROOT, Run, open_models
-from train import TINY, get_tokenizer, load_models, load_tokens, make_cfg
+import train
+from conftest import ROOT, Run, TINY, open_models
+from train import load_models, load_tokens, make_cfg
 from utils import Buffer, CrossCoder, Trainer
 
 ARGUMENTS = [  # 195 steps of a small dictionary
@@ -38,16 +39,16 @@ ARGUMENTS = [  # 195 steps of a small dictionary
     "--save_every=25", "--keep=2", "--batch_size=128", "--dict_size=512", "--num_tokens=25_000"]
 
 
-def start(folder, *arguments, threads=1, env={}):
+def start(folder, *arguments, threads=1, env={}, function=train.main):
     """A run that saves into folder, in a process of its own."""
     folder.mkdir(exist_ok=True, parents=True)
     argv = [*ARGUMENTS, f"--save_dir={folder}", *arguments]
-    return Run(argv, err=folder / "stderr.txt", env=env, threads=threads)
+    return Run(argv, err=folder / "stderr.txt", env=env, threads=threads, function=function)
 
 
 def get_err(folder):
     """What a run wrote on stderr."""
-    return (folder / "stderr.txt").read_text()
+    return (folder / "stderr.txt").read_text(errors="replace")  # perhaps half a character
 
 
 def finish(run, folder, code=0, within=200):
@@ -147,7 +148,7 @@ def test_a_killed_run_goes_on_as_if_nothing_had_been(whole, tmp_path):
     assert not half_saved(tmp_path)  # what the dead left lying
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_signal_saves_and_the_run_can_go_on_with_its_wandb_run(whole, tmp_path, number):
     run = start(tmp_path, "--wandb_mode=offline")
     wait_for(run, lambda: last_step(tmp_path) > 30)
@@ -161,6 +162,30 @@ def test_a_signal_saves_and_the_run_can_go_on_with_its_wandb_run(whole, tmp_path
         assert_same(tmp_path, whole)
         first, second = (tmp_path / "version_0" / "wandb").glob("offline-run-*")
         assert first.name[-8:] == second.name[-8:] and first.name != second.name
+
+
+def test_a_schedulers_warning_saves_and_the_run_goes_on(whole, tmp_path):
+    run = start(tmp_path, "--save_every=1000")
+    wait_for(run, lambda: last_step(tmp_path) > 30)
+    run.send_signal(signal.SIGUSR1)
+    wait_for(run, lambda: saved(tmp_path))
+    assert saved(tmp_path)[0].name < "step_0000195"
+    finish(run, tmp_path)
+    assert len(saved(tmp_path)) == 2
+    assert_same(tmp_path, whole)
+
+
+def test_under_nohup_a_closed_terminal_ends_nothing(whole, tmp_path):
+    run = start(tmp_path, function=main_under_nohup)
+    wait_for(run, lambda: last_step(tmp_path) > 30)
+    run.send_signal(signal.SIGHUP)
+    finish(run, tmp_path)
+    assert_same(tmp_path, whole)
+
+
+def main_under_nohup(argv):
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    return train.main(argv)
 
 
 def test_a_second_signal_ends_a_run_at_once(tmp_path):
@@ -230,7 +255,7 @@ def test_what_must_not_change_on_resume_is_refused_by_name(copy):
     other = {"bf16": "fp32", "fp32": "bf16"}[CrossCoder.load(copy / "version_0").cfg["enc_dtype"]]
     changes = {
         "lr": 1, "dict_size": 5, "layers": "0", "enc_dtype": other, "batch_size": 64, "seed": 1,
-        "model_name": TINY / "tuned", "eval_seqs": 9}
+        "fingerprint": "1,2", "eval_seqs": 9}
     for key, value in changes.items():
         with pytest.raises(ValueError, match=f"^{key}=.*cannot change on resume.*step_0000195 has"):
             make_cfg(resume=copy / "version_0", **{key: value})
@@ -244,21 +269,80 @@ def test_what_must_not_change_on_resume_is_refused_by_name(copy):
             make_cfg(resume=resume)
 
 
+def test_the_latest_run_is_the_one_that_was_started_last(copy, capfd):
+    """Copying has changed the times of the files."""
+    shutil.copytree(copy / "version_0", copy / "version_1")
+    for run, start_time in (("version_0", "2026-03-01 10:00:01 UTC"), ("version_1", "2026-03-01 10:00:00 UTC")):
+        line = json.loads((copy / run / "starts.jsonl").read_text())
+        (copy / run / "starts.jsonl").write_text(json.dumps({**line, "time": start_time}) + "\n")
+    os.utime(copy / "version_0", (0, 0))
+    os.utime(saved(copy)[-1], (0, 0))
+    assert make_cfg(resume="latest", save_dir=copy, num_tokens=30_000)["resume"] == str(saved(copy)[-1])
+    assert capfd.readouterr().err == f"resume=latest: {copy / 'version_0'}\n"
+    for cut_off in ("", "{", "5\n"):
+        (copy / "version_0" / "starts.jsonl").write_text(cut_off)
+        assert "version_1" in make_cfg(resume="latest", save_dir=copy, num_tokens=30_000)["resume"]
+
+
+def test_a_finished_run_says_so_at_once_and_how_to_train_longer(copy):
+    with pytest.raises(ValueError, match="^resume=.*step_0000195': finished; to train longer give a larger num_tokens than 25000"):
+        make_cfg(resume="latest", save_dir=copy)
+
+
+def test_other_weights_at_the_same_path_are_refused_and_a_model_that_moved_is_not(cfg, tokens, tmp_path):
+    place = tmp_path / "model"
+    shutil.copytree(TINY / "base", place)
+    cfg = {**cfg, "model_name": [str(place)], "save_dir": str(tmp_path)}
+    trainer = Trainer(cfg, load_models(cfg), tokens[:60])
+    for _ in range(3):
+        trainer.step()
+    trainer.save()
+    trainer.lock.release()
+    assert len(CrossCoder.load(trainer.run_dir).cfg["fingerprint"]) == 8
+    with pytest.raises(ValueError, match="^fingerprint=.*cannot change on resume"):
+        make_cfg(resume=trainer.run_dir, fingerprint="")
+
+    moved = tmp_path / "elsewhere" / "model"
+    shutil.copytree(place, moved)
+    resumed_cfg = make_cfg(resume=trainer.run_dir, model_name=moved)
+    resumed = Trainer(resumed_cfg, load_models(resumed_cfg), tokens[:60])
+    resumed.lock.release()
+    assert all(torch.equal(resumed.step()[key], trainer.step()[key]) for key in ("loss/total", "loss/grad_norm"))
+
+    model = AutoModelForCausalLM.from_pretrained(place)
+    for parameter in model.parameters():
+        parameter.data *= 1.2
+    model.save_pretrained(place)
+    for remade in (make_cfg(resume=trainer.run_dir), make_cfg(**CrossCoder.load(trainer.run_dir).cfg)):
+        with pytest.raises(ValueError, match="^model_name=.*not the weights that the crosscoder was trained on"):
+            load_models(remade)
+    load_models(make_cfg(**CrossCoder.load(trainer.run_dir).cfg | {"fingerprint": []}))
+
+
+def test_a_fingerprint_holds_across_types(cfg):
+    fp32, bf16 = ({**cfg, "enc_dtype": dtype, "fingerprint": []} for dtype in ("fp32", "bf16"))
+    load_models(fp32)
+    load_models({**bf16, "fingerprint": fp32["fingerprint"]})
+    load_models(bf16)
+    assert bf16["fingerprint"] != fp32["fingerprint"]
+
+
 @pytest.mark.parametrize("name, content", [
     ("trainer.json", "{}"), ("trainer.json", "[]"), ("trainer.json", "null"),
-    ("trainer.json", '{"step_counter": 3}'), ("cfg.json", "[]"), ("cfg.json", "null")])
+    ("trainer.json", '{"step_counter": 3}'), ("trainer.json", '{"step_counter": "3"}'), ("cfg.json", "[]"), ("cfg.json", "null"),
+    ("cfg.json", "5")])
 def test_a_checkpoint_without_a_runs_state_is_refused(copy, models, tokens, name, content):
     folder = saved(copy)[-1]
     (folder / name).write_text(content)
     sign(folder, name)
     with pytest.raises(ValueError, match="^resume=.*not a run of this version"):
-        Trainer(make_cfg(resume=folder), models, tokens)
+        Trainer(make_cfg(resume=folder, num_tokens=30_000), models, tokens)
 
 
 def test_another_text_is_refused_and_more_text_is_not(copy):
-    cfg = make_cfg(resume="latest", save_dir=copy)
+    cfg = make_cfg(resume="latest", save_dir=copy, num_tokens=30_000)
     models = open_models(cfg)
-    tokens = load_tokens(cfg, get_tokenizer(models)).clone()
+    tokens = load_tokens(cfg, models).clone()
     Trainer(cfg, models, torch.cat([tokens, tokens[:5]])).lock.release()
     tokens[3, 3] = 7
     before = saved(copy)
@@ -291,7 +375,7 @@ def test_checkpoints_are_kept_by_number_and_other_files_are_left_alone(cfg, mode
         trainer.save()
     kept = ["step_0000009_copy", "step_10000000", "step_9999999", "step_notes"]
     assert [path.name for path in saved(tmp_path)] == kept
-    assert make_cfg(resume=trainer.run_dir)["resume"].endswith("step_10000000")
+    assert make_cfg(resume=trainer.run_dir, num_tokens=1e10)["resume"].endswith("step_10000000")
 
 
 def test_a_longer_run_can_follow_and_the_folder_says_what_made_it(copy):
@@ -300,7 +384,7 @@ def test_a_longer_run_can_follow_and_the_folder_says_what_made_it(copy):
     assert saved(copy)[-1].name == "step_0000214"
     logged = rows(copy)
     assert [row["step"] for row in logged if "loss/total" in row] == [*range(5, 215, 5), 214]
-    assert [row["step"] for row in logged if "fvu/all" in row] == [0, 50, 100, 150, 200, 214]
+    assert [row["step"] for row in logged if "fvu/all" in row] == [0, 50, 100, 150, 195, 200, 214]
     assert len(open(copy / "version_0" / "starts.jsonl").readlines()) == 2
     cfg = json.loads((copy / "version_0" / "cfg.json").read_text())
     assert (before["num_tokens"], cfg["num_tokens"]) == (25_000, 27_500)
@@ -322,7 +406,11 @@ def test_a_run_resumed_in_a_later_epoch_is_the_same_to_the_last_bit(cfg, tokens,
         wanted = one.step()
     for _ in range(35):
         other.step()
-    resumed = Trainer({**cfg, "resume": str(other.save())}, models, tokens[:20])
+    cfg["resume"] = str(other.save())
+    with pytest.raises(ValueError, match="^resume=.*another run is at work in"):
+        Trainer(cfg, models, tokens[:20])
+    other.lock.release()
+    resumed = Trainer(cfg, models, tokens[:20])
     for _ in range(25):
         metrics = resumed.step()
     assert wanted["data/epochs"] > 1 and all(metrics[key] == wanted[key] for key in wanted)
@@ -343,7 +431,7 @@ def test_two_runs_at_the_same_moment_each_get_a_folder_and_a_run_is_resumed_only
     shutil.rmtree(saved(copy)[-1])
     first = start(copy, "--resume=latest", "--num_tokens=200_000")
     wait_for(first, lambda: last_step(copy) > 195)
-    err = finish(start(copy, "--resume=latest"), copy, code=2)
+    err = finish(start(copy, "--resume=latest", "--num_tokens=200_000"), copy, code=2)
     assert re.search("^error: resume=.*another run is at work in", err, re.M)
     kill(first)
 
@@ -381,6 +469,17 @@ def test_a_run_outlives_a_full_disk_and_one_that_cannot_be_written(whole, tmp_pa
             wait_for(run, lambda: "Read-only file system" in get_err(elsewhere))
         finish(run, elsewhere)
         assert_same(folder, whole)
+
+
+def test_no_output_ends_a_run(whole, tmp_path):
+    """Its log is on a disk that is full, and nobody reads its pipe."""
+    command = [sys.executable, ROOT / "train.py", *ARGUMENTS, f"--save_dir={tmp_path}"]
+    with open("/dev/full", "w") as full:
+        run = subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=full, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    run.stdout.close()
+    assert run.wait(200) == 0
+    assert_same(tmp_path, whole)
 
 
 def test_a_quota_that_is_lifted_in_time_loses_nothing(whole, tmp_path):
@@ -422,7 +521,7 @@ def test_ten_such_steps_in_a_row_end_a_run_with_what_it_knows(copy, log_every, s
     good, last = saved(copy)
     shutil.rmtree(last)
     text = (good / "cfg.json").read_text()
-    (good / "cfg.json").write_text(text.replace('"lr": 0.001', '"lr": 1e25'))
+    (good / "cfg.json").write_text(text.replace('"lr": 0.001', '"lr": 1e15'))
     sign(good, "cfg.json")
     err = finish(start(copy, f"--resume={good}", f"--log_every={log_every}", "--save_every=5"), copy, code=1)
     (line,) = (line for line in err.split("\n") if line.startswith("error:"))
@@ -468,7 +567,7 @@ def test_a_file_from_strangers_runs_no_code(copy, models, tokens, name):
         if name != "manifest.json":
             sign(folder, name)
         with pytest.raises(ValueError, match="^resume=.*(damaged|not a run of this version)"):
-            Trainer(make_cfg(resume=folder), models, tokens)
+            Trainer(make_cfg(resume=folder, num_tokens=30_000), models, tokens)
         if not name.startswith("trainer"):
             with pytest.raises(ValueError, match="^path=.*(damaged|holds no crosscoder)"):
                 CrossCoder.load(folder)
@@ -482,7 +581,7 @@ def test_token_files_from_strangers_run_no_code(cfg, models, tmp_path):
     for name in ("tokens.npy", "tokens.pt"):
         for _ in write_exploits(tmp_path / name):
             with pytest.raises(ValueError, match="^tokens="):
-                load_tokens({**cfg, "tokens": [str(tmp_path / name)]}, models[0].tokenizer)
+                load_tokens({**cfg, "tokens": [str(tmp_path / name)]}, models)
     assert not Path("unpickled").exists()
 
 

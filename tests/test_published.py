@@ -3,7 +3,8 @@ import pytest
 import torch
 
 from planted import functions_of_scratch
-from train import PRESETS, TINY, get_tokenizer, load_models, load_tokens, make_cfg
+from conftest import TINY
+from train import PRESETS, load_models, load_tokens, make_cfg
 from utils import CrossCoder, Trainer
 
 PUBLISHED_NORMS = PRESETS["gpt2-published"]["norm"]
@@ -121,7 +122,7 @@ def test_gelu_1l_trains_on_the_mlp_of_a_one_layer_model(tmp_path, tokens):
                    buffer_mult=32, dict_size=1024, num_tokens=100_000, lr=1e-3, eval_seqs=8, model_batch_size=16, device="cpu",
                    l1_coeff=1, wandb_mode="disabled")
     models = load_models(cfg)
-    trainer = Trainer(cfg, models, load_tokens(cfg, get_tokenizer(models)))
+    trainer = Trainer(cfg, models, load_tokens(cfg, models))
     assert trainer.crosscoder.W_enc.shape == (1, 512, 1024)
     metrics = trainer.train()
     assert metrics["fvu/post.0"] < 0.2 and metrics["sparsity/l0"] < 150

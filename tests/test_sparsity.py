@@ -7,9 +7,9 @@ import safetensors.torch
 import torch
 
 import utils
-from conftest import open_models
+from conftest import TINY, open_models
 from planted import functions_of_scratch
-from train import TINY, make_cfg
+from train import make_cfg
 from utils import CrossCoder, Trainer, get_stats, iter_rows
 
 ALL = ("relu", "topk", "batchtopk", "jumprelu")
@@ -211,7 +211,9 @@ def test_every_kind_trains_and_resumes_to_the_last_bit(small, models, tokens, tm
     assert wanted[-1]["fvu/batch"] < wanted[0]["fvu/batch"] and len(one.dead) and wanted[-1]["loss/aux"] > 0
     for _ in range(115):
         other.step()
-    resumed = Trainer({**cfg, "resume": str(other.save())}, models, tokens[:60])
+    path = str(other.save())
+    other.lock.release()
+    resumed = Trainer({**cfg, "resume": path}, models, tokens[:60])
     for _ in range(15):
         metrics = resumed.step()
     assert all(metrics[key] == wanted[-1][key] for key in metrics)
