@@ -112,6 +112,7 @@ for column, key in enumerate(["fvu/", "ce/delta_", "ce/ablated_"], start=1):
     overview.add_bar(x=names, y=[metrics[key + name] for name in names], row=1, col=column)
 centres = shares @ torch.arange(0.0, len(names)) / shares.sum(1)
 overview.add_heatmap(x=names, z=shares[centres.argsort()].numpy(), colorscale="Viridis", row=1, col=4)
+overview.update_yaxes(title="latents, by where they write", autorange="reversed", row=1, col=4)
 overview.update_layout(
     title=f"L0 {stats['l0']:.1f}, FVU {metrics['fvu/all']:.3f}, clean CE {metrics['ce/clean']:.2f} nats",
     showlegend=False)
@@ -190,7 +191,7 @@ def fold(crosscoder: CrossCoder) -> dict[str, Tensor]:
     }
 
 weights = fold(crosscoder)
-safetensors.torch.save_file(weights, path / "folded.safetensors")
+safetensors.torch.save_file(weights, path.with_name(f"folded_{path.name}.safetensors"))
 rows = x[:4, 1:].flatten(0, 1)
 h = einops.einsum(rows, weights["W_enc"], "row l d_model, l d_model d_sae -> row d_sae") + weights["b_enc"]
 acts = h * (h > weights["thresholds"])
@@ -380,13 +381,14 @@ fig_scaling = make_subplots()
 for m, name in enumerate(cfg["model_name"]):
     chosen = table["candidate"] & (table["second"] == m)
     fig_scaling.add_scatter(
-        x=nu_eps[chosen].numpy(), y=nu_r[chosen].numpy(), mode="markers", name=Path(name).name)
+        x=nu_eps[chosen].clamp(-0.6, 1.2).numpy(), y=nu_r[chosen].clamp(-0.6, 1.2).numpy(),
+        mode="markers", name=Path(name).name)
 fig_scaling.add_shape(type="rect", x0=-0.6, x1=0.2, y0=-0.6, y1=0.5)
 fig_scaling.update_layout(
     title=f"{table['candidate'].sum()} candidates, {table['exclusive'].sum()} exclusive: in the corner",
-    xaxis_title="nu_eps: much where it was shrunk away",
-    yaxis_title="nu_r: much where others stand in",
-    xaxis_range=[-0.6, 1.2], yaxis_range=[-0.6, 1.2])
+    xaxis_title="nu_eps: much where it was shrunk away (at the edge: beyond)",
+    yaxis_title="nu_r: much where others stand in (at the edge: beyond)",
+    xaxis_range=[-0.65, 1.25], yaxis_range=[-0.65, 1.25])
 fig_scaling
 
 # %% Model diff: which latents do both models have, and which only one?

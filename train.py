@@ -224,9 +224,12 @@ def convert(key: str, value):
 def convert_list(key: str, value) -> list:
     """The same for a list, which as text has commas between its items."""
     items = value
-    if isinstance(value, str) or not hasattr(value, "__iter__"):
-        items = str(value).split(",")
-    items = [str(item).strip() for item in items]
+    if isinstance(value, str):
+        items = value.split(",")
+    try:
+        items = [str(item).strip() for item in items]
+    except TypeError:  # a single one
+        items = [str(value)]
     items = [item for item in items if item]
     if default_cfg[key] and not items:
         raise bad(key, value, f"give at least one, such as {default_cfg[key][0]}")
@@ -240,7 +243,7 @@ def convert_list(key: str, value) -> list:
 def locate(name: str) -> str:
     """The path of a file or folder, which presets give from this file's folder; else, the name."""
     for path in (Path(name).expanduser(), Path(__file__).parent / name):
-        if path.exists():
+        if os.path.exists(path):  # unlike Path.exists no error for what cannot be a name
             return str(path)
     return name
 
@@ -255,7 +258,10 @@ def find_latest(save_dir: str) -> Path:
             start = ""  # cut off
         return start, int(list_checkpoints(run)[-1].name[5:])
 
-    runs = [run for run in Path(save_dir).expanduser().glob("version_*") if list_checkpoints(run)]
+    folder = Path(save_dir).expanduser()
+    runs = []
+    if os.path.isdir(folder):
+        runs = [run for run in folder.glob("version_*") if list_checkpoints(run)]
     if not runs:
         raise bad(
             "resume", "latest", f"no checkpoint in {save_dir}; python train.py --preset=tiny makes one")
@@ -402,8 +408,11 @@ def check_weights(models: list, cfg: dict) -> None:
     x = torch.stack(x).float().cpu()  # [n_models, 8]
     if not cfg["fingerprint"]:
         cfg["fingerprint"] = [float(f"{number:.4g}") for number in x.flatten().tolist()]
-    known = torch.tensor(cfg["fingerprint"]).view(-1, x.shape[1])
-    if known.shape != x.shape or ((x - known).norm(dim=1) > 0.1 * known.norm(dim=1)).any():
+    is_same = len(cfg["fingerprint"]) == x.numel()
+    if is_same:
+        known = torch.tensor(cfg["fingerprint"]).view_as(x)
+        is_same = ((x - known).norm(dim=1) <= 0.1 * known.norm(dim=1)).all()
+    if not is_same:
         raise bad("model_name", cfg["model_name"], "not the weights that the crosscoder was trained "
                   "on; give those, or an empty fingerprint to take any")
 

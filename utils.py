@@ -44,7 +44,8 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 def bad(key: str, value, remedy: str) -> ValueError:
     """The error for a user's mistake: the key, its value, and what would be right."""
-    return ValueError(f"{key}={value!r}: {remedy}")
+    shown = repr(value).replace("\n", " ")
+    return ValueError(f"{key}={shown}: {remedy}")
 
 
 # ---- Activations ---------------------------------------------------------------------------------
@@ -744,7 +745,9 @@ def list_checkpoints(run: Path) -> list[Path]:
 def find_checkpoint(key: str, path: Path, names: list[str]) -> Path:
     """A checkpoint whose files of these names are whole: path, or the newest in a run's folder,
     passing over damaged ones and saying so. ValueError, naming the key, where there is none."""
-    folders = list_checkpoints(path) or [path]
+    folders = [path]
+    if os.path.isdir(path):
+        folders = list_checkpoints(path) or [path]
     while folders:
         folder = folders.pop()
         try:

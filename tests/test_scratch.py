@@ -62,7 +62,7 @@ def test_scratch_runs_from_top_to_bottom_and_ends_where_model_diffing_begins(fol
         assert re.search(said, run.stdout), said
     checkpoints = sorted(folder.glob("checkpoints/version_0/step_*"))
     assert len(checkpoints) == 2
-    folded = safetensors.torch.load_file(checkpoints[-1] / "folded.safetensors")
+    folded = safetensors.torch.load_file(checkpoints[-1].with_name(f"folded_{checkpoints[-1].name}.safetensors"))
     fold = functions_of_scratch()["fold"]
     assert torch.equal(folded["W_dec"], fold(CrossCoder.load(checkpoints[-1]))["W_dec"])
 
