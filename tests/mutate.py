@@ -136,6 +136,8 @@ def main():
             folder = Path(temporary, name)
             shutil.copytree(ROOT, folder, ignore=shutil.ignore_patterns(".git", "checkpoints", "__pycache__"))
             folders.put(folder)
+        for part in PARTS:
+            assert not is_noticed((part, 0, "", source), folders), f"{part}: its tests fail as it is"
         noticed = []
         for mutant, is_seen in zip(chosen, threads.map(lambda mutant: is_noticed(mutant, folders), chosen)):
             part, line, what, _ = mutant

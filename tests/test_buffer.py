@@ -81,6 +81,26 @@ def test_over_three_refills_every_row_is_served_once_before_any_is_served_twice(
     assert torch.equal(numbers, torch.arange(buffer.next_row)) and len(served) == 3 * 512
 
 
+def test_half_of_it_is_always_there_to_be_mixed_with_what_comes(buffer):
+    for n in range(1, 60):
+        before = buffer.pointer
+        buffer.next()
+        assert buffer.size - (buffer.pointer - 64) > buffer.size / 2  # what the batch was drawn from
+        assert buffer.next_row == 1024 + (n - 1) // 8 * 512
+        assert buffer.pointer == (64 if before in (512, 1024) else before + 64)
+
+
+def test_each_pass_ends_with_a_sequence_but_for_the_last_of_a_refill(buffer):
+    ends = {0}
+    for _ in range(50):
+        buffer.next()
+        ends.add(buffer.next_row)
+    assert all(bound in ends or bound % 127 == 0 for bound in buffer.bounds)
+    for start, end in zip(buffer.bounds, buffer.bounds[1:]):
+        n_seqs = (end - 1) // 127 - start // 127 + 1
+        assert n_seqs == 8 or n_seqs < 8 and end in ends
+
+
 def test_no_tail_of_the_text_is_left_out_when_it_begins_again(buffer):
     served = []
     while buffer.next_row < 2 * buffer.rows_per_epoch:

@@ -121,6 +121,22 @@ def test_a_perfect_reconstruction_costs_nothing_and_the_mean_costs_much(tokens, 
         assert name == "all" or metrics[f"norm_ratio/{name}"] == pytest.approx(1, abs=1e-4)
 
 
+def test_what_is_ablated_is_replaced_by_its_mean_without_position_0(crosscoder, models, held_out, cfg):
+    metrics = evaluate(crosscoder, models, held_out, cfg)
+    batch = held_out.long()
+    x = get_stacked_resids(models, batch, cfg)
+    mean = x[:, 1:].mean((0, 1)).expand_as(x)
+    x_hat = crosscoder(x)
+    for new, kind in ((mean, "ablated"), (x_hat, "delta")):
+        splices = [(source.hook, new[:, :, i]) for i, source in enumerate(get_sources(models, cfg))]
+        clean = get_ce(models[0], batch)
+        for i in range(4):
+            wanted = get_ce(models[0], batch, [splices[i]]) - clean
+            assert metrics[f"ce/{kind}_resid_post.{i}"] == pytest.approx(wanted, rel=1e-3)
+        assert metrics[f"ce/{kind}_all"] == pytest.approx(get_ce(models[0], batch, splices) - clean, rel=1e-3)
+    assert metrics["ce/clean"] == pytest.approx(clean, rel=1e-5)
+
+
 def test_a_splice_at_resid_mid_also_changes_what_goes_round_the_mlp(held_out, cfg):
     """The same as attention writing what is missing."""
     models, others = (open_models({**cfg, "site": site}) for site in ("resid_mid", "attn_out"))

@@ -3,6 +3,7 @@ server.
 
   python tests/test_faults.py --kills=20     kills a run that often, at random moments, and prints what
                                              became of it
+  python tests/test_faults.py --fuzz=300     300 random command lines and as many notebook calls
 """
 import argparse
 import contextlib
@@ -29,8 +30,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import train
 from conftest import ROOT, Run, TINY, open_models
+import train  # once conftest has said where it is
+from fuzz import fuzz
 from train import load_models, load_tokens, make_cfg
 from utils import Buffer, CrossCoder, Trainer
 
@@ -653,6 +655,13 @@ def test_a_run_outlives_wandb_hanging_from_the_start_or_later(with_wandb, whole)
     assert "Timed out finishing run" in later and "goes on without it" not in later
 
 
+# ---- Random command lines and calls --------------------------------------------------------------
+def test_whatever_is_given_a_run_trains_or_ends_in_one_line():
+    ends = fuzz(n_lines=8, n_calls=200, seed=0)
+    assert ends.keys() <= {"exit code 0", "exit code 2", "exit code 143", "call taken", "call refused"}
+    assert ends["exit code 2"] and ends["call taken"] and ends["call refused"]
+
+
 # ---- Kills at random moments ---------------------------------------------------------------------
 LARGE = ["--batch_size=512", "--dict_size=2048"]
 
@@ -702,8 +711,13 @@ def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=20)
+    parser.add_argument("--fuzz", type=int, default=0)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
+    if args.fuzz:
+        for end, count in sorted(fuzz(args.fuzz, args.fuzz, args.seed).items()):
+            print(f"| {end} | {count} |")
+        return
     total = 40_000 * args.kills
     arguments = [*LARGE, f"--num_tokens={total}"]
     with tempfile.TemporaryDirectory() as folder:

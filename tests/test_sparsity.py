@@ -86,6 +86,69 @@ def test_losses_and_gradients_equal_a_slow_loop_in_float64(activation, overrides
         assert (parameter.grad - reference.grad).norm() / reference.grad.norm() < 1e-5, name
 
 
+@pytest.mark.parametrize("activation", ALL)
+def test_aux_k_and_its_gradients_equal_a_slow_loop_in_float64(activation):
+    crosscoder, x = crosscoder_for(activation, aux_coeff=0.3), data(9)
+    slow = [parameter.detach().double().requires_grad_() for parameter in crosscoder.parameters()]
+    W_enc, W_dec, b_enc, b_dec = slow[:4]
+    factor, dead = crosscoder.norm_factor.double(), [1, 4, 5, 7, 10]
+    _, _, wanted, kept = slow_losses(activation, slow, factor, x.double(), crosscoder.cfg["k"])
+    y = x.double() / factor[:, None]
+    h = torch.einsum("bld,lds->bs", y, W_enc) + b_enc
+    is_kept = torch.zeros(9, 12, dtype=torch.float64)
+    for place in kept:
+        is_kept[place] = 1
+    error = (y - b_dec - torch.einsum("bs,sld->bld", h * is_kept, W_dec)).detach()
+    norms = W_dec.detach().norm(dim=-1).sum(1)
+    left = 0
+    for row in range(9):
+        best = sorted(dead, key=lambda i: (h[row, i] * norms[i]).item(), reverse=True)[:2]  # d_model is 5
+        left = left + (error[row] - sum(h[row, i] * W_dec[i] for i in best)).pow(2).sum()
+    spread = (y - y.mean(0)).pow(2).sum() / 9
+    wanted = wanted + 0.3 * spread * left / (error - error.mean(0)).pow(2).sum()
+    wanted.backward()
+    losses = crosscoder.get_losses(x, dead=torch.tensor(dead))
+    losses.aux_loss.backward()
+    assert losses.aux_loss.item() == pytest.approx(wanted.item(), rel=1e-5)
+    for (name, parameter), reference in zip(crosscoder.named_parameters(), slow):
+        if reference.grad is None:
+            assert parameter.grad is None or not parameter.grad.any(), name
+        else:
+            assert (parameter.grad - reference.grad).norm() / reference.grad.norm() < 1e-5, name
+
+
+def test_calibrate_scales_by_least_squares_and_leaves_no_mean_error():
+    crosscoder, x = crosscoder_for("topk", dict_size=40), data(200)
+    crosscoder.b_enc.data.zero_()  # as at the start
+    before = crosscoder.W_enc.detach().clone()
+    y = crosscoder.normalise(x)
+    h = torch.einsum("bld,lds->bs", y, before)
+    h = h - h.mean(0)
+    scores = torch.relu(h) * crosscoder.get_decoder_norms()
+    acts = torch.relu(h) * (scores >= scores.topk(3).values[:, -1:])
+    y_hat = torch.einsum("bs,sld->bld", acts, crosscoder.W_dec)
+    y_hat = y_hat - y_hat.mean(0)
+    scale = ((y - y.mean(0)) * y_hat).sum() / y_hat.pow(2).sum()
+    crosscoder.calibrate(x)
+    assert torch.allclose(crosscoder.W_enc, scale * before, rtol=1e-3)
+    assert torch.allclose(crosscoder.get_pre_acts(y).mean(0), torch.zeros(40), atol=1e-4)
+    assert torch.allclose(crosscoder(x).mean(0), x.mean(0), atol=1e-4)
+
+
+@pytest.mark.parametrize("activation", ["batchtopk", "jumprelu"])
+def test_calibrate_puts_what_each_latent_is_compared_with_at_its_threshold(activation):
+    crosscoder, x = crosscoder_for(activation, dict_size=40), data(200)
+    crosscoder.b_enc.data.zero_()  # as at the start
+    crosscoder.calibrate(x)
+    h = crosscoder.get_pre_acts(crosscoder.normalise(x))
+    if activation == "jumprelu":  # a tenth of the rows exceed it
+        assert ((h > crosscoder.get_thresholds()).sum(0) - 20).abs().max() <= 1
+    else:
+        assert torch.allclose(h.mean(0), torch.zeros(40), atol=1e-4)
+        assert (crosscoder.encode(x) > 0).sum().item() == pytest.approx(200 * 3, rel=0.1)
+    assert torch.allclose(crosscoder(x).mean(0), x.mean(0), atol=1e-3)
+
+
 @pytest.mark.parametrize("dict_size", [12, 256])  # decoded densely and, by topk and batchtopk, sparsely
 @pytest.mark.parametrize("activation", ALL)
 def test_get_losses_changes_nothing(activation, dict_size):

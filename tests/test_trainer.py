@@ -63,6 +63,22 @@ def test_a_step_is_adam_on_gradients_clipped_to_a_norm_of_one(trainer):
         assert torch.allclose(parameter, wanted, rtol=1e-4, atol=1e-6)
 
 
+def test_a_gradient_shorter_than_one_is_left_as_it_is(trainer):
+    """And not stretched to a norm of 1. Adam, on its own, hides a constant scale; not so its epsilon."""
+    trainer.optimizer = torch.optim.Adam(trainer.crosscoder.parameters(), 1e-3, eps=1.0, fused=True)
+    x = trainer.buffer.next()
+    trainer.buffer.next = lambda: 1e-3 * x + trainer.crosscoder.b_dec.detach()
+    plain = copy.deepcopy(trainer.crosscoder)
+    losses = plain.get_losses(trainer.buffer.next())
+    (losses.l2_loss + trainer.get_l1_coeff() * losses.l1_loss).backward()
+    lr = trainer.get_lr()
+    metrics = trainer.step()
+    assert metrics["loss/grad_norm"] < 0.9
+    for parameter, before in zip(trainer.crosscoder.parameters(), plain.parameters()):
+        wanted = before - lr * before.grad / (before.grad.abs() + 1)
+        assert torch.allclose(parameter, wanted, rtol=1e-5, atol=1e-9)
+
+
 def test_a_step_reads_nothing_back_from_the_device(trainer):
     """On the meta device tensors have no values: reading one would raise."""
     buffer = trainer.buffer
