@@ -235,9 +235,12 @@ def convert_list(key: str, value) -> list:
         raise bad(key, value, f"give at least one, such as {default_cfg[key][0]}")
     kind = {"layers": int, "norm": float, "fingerprint": float}.get(key, str)
     try:
-        return [kind(item) for item in items if kind is str or item != "all"]
+        items = [kind(item) for item in items if kind is str or item != "all"]
     except ValueError:
-        raise bad(key, value, "give numbers such as 0,3,6, or none for all") from None
+        items = [math.nan]
+    if not all(kind is str or abs(item) < MOST for item in items):
+        raise bad(key, value, "give numbers such as 0,3,6, or none for all")
+    return items
 
 
 def locate(name: str) -> str:

@@ -75,11 +75,14 @@ def try_line(line: list[str]) -> int:
         np.save(folder / "ids.npy", np.zeros((3, 128), np.uint16))
         before = tree(folder)
         run = Run([*SMALL, *line], folder / "out.txt", folder / "err.txt", {"HOME": home}, threads=1, function=main_in(folder))
-        run.join(12)
-        if run.exitcode is None:  # a run as long as was asked for
-            run.send_signal(signal.SIGTERM)
         start = time.time()
-        code = run.wait(30)
+        for seconds in (12, 18):
+            run.join(seconds)
+            if run.exitcode is None:  # a run, or an evaluation, as long as was asked for
+                run.send_signal(signal.SIGTERM)
+        run.join(5)
+        assert run.exitcode is not None, f"{line}: still at work"
+        code = run.exitcode
         out = (folder / "out.txt").read_text()
         err = (folder / "err.txt").read_text(errors="replace")
         errors = [part for part in re.split("[\r\n]", err) if part.startswith("error: ")]
