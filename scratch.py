@@ -376,13 +376,12 @@ def get_exclusive(crosscoder: CrossCoder, models: list, tokens: Tensor, cfg: dic
     return dict(active=active, second=second, candidate=candidate, exclusive=exclusive, nu=nu)
 
 table = get_exclusive(crosscoder, models, held_out, cfg)
-nu_eps, nu_r = table["nu"]
+nu_eps, nu_r = table["nu"].clamp(-0.6, 1.2)
 fig_scaling = make_subplots()
 for m, name in enumerate(cfg["model_name"]):
     chosen = table["candidate"] & (table["second"] == m)
     fig_scaling.add_scatter(
-        x=nu_eps[chosen].clamp(-0.6, 1.2).numpy(), y=nu_r[chosen].clamp(-0.6, 1.2).numpy(),
-        mode="markers", name=Path(name).name)
+        x=nu_eps[chosen].numpy(), y=nu_r[chosen].numpy(), mode="markers", name=Path(name).name)
 fig_scaling.add_shape(type="rect", x0=-0.6, x1=0.2, y0=-0.6, y1=0.5)
 fig_scaling.update_layout(
     title=f"{table['candidate'].sum()} candidates, {table['exclusive'].sum()} exclusive: in the corner",

@@ -134,8 +134,8 @@ CHOICES = {
     "preset": list(PRESETS), "activation": list(RECIPES), "center": ["true", "false"],
     "enc_dtype": ["auto", *DTYPES], "wandb_mode": ["online", "offline", "disabled"],
 }
-MOST = 2**53  # from which on not all whole numbers are numbers in text such as 1e16
-LIMITS = {  # of numbers: the least, what they must be below, both in words; all others are above 0
+MOST = 2**53  # above it floats, which all numbers are read as, leave out whole numbers
+LIMITS = {  # of numbers: the least; what they must be below; both in words. All others: above 0
     **dict.fromkeys(
         ["seed", "l1_coeff", "aux_coeff", "n_shared", "n_exclusive"], (0, MOST, "of at least 0")),
     **dict.fromkeys(["seq_len", "buffer_mult"], (2, MOST, "of at least 2")),
@@ -822,6 +822,7 @@ class Quiet:
         return getattr(self.stream, name)
 
     def write(self, text: str) -> None:
+        """Writes text, now or never."""
         try:
             self.stream.write(text)
             self.stream.flush()

@@ -64,7 +64,8 @@ def get_sources(models: list, cfg: dict) -> list[Source]:
             if not 0 <= layer < depth:
                 raise bad("layers", cfg["layers"], f"the layers are 0 to {depth - 1}")
             hook = get_act_name(cfg["site"], layer)
-            if hook not in model.hook_dict:
+            # TransformerLens computes hook_mlp_in, hook_q_input, ... only after a call for each.
+            if hook not in model.hook_dict or hook.endswith(("_in", "_input", "_result")):
                 raise bad("site", cfg["site"], f"no {hook} here; give resid_post, mlp_out, z, ...")
             sources.append(Source(m, hook))
     return sources
@@ -943,12 +944,12 @@ class Trainer:
                 mode=self.cfg["wandb_mode"], resume="allow",
                 settings={"init_timeout": 30, "finish_timeout": 30})
             self.run_steps()
-            final = self.evaluate()
-            self.log(final)
             while not self.save():  # try again rather than lose it
                 if self.stop:
                     raise self.stop
                 time.sleep(5)
+            final = self.evaluate()
+            self.log(final)
             return final
         except BaseException:
             # After that many bad steps the checkpoint before is better than what there is now.

@@ -1,5 +1,8 @@
-"""Random command lines and notebook calls, made of the table of keys: whatever is given, a run trains to
-its end, or ends in one line and exit code 2 and leaves nothing behind (or in 1, where a learning rate is absurd). `python tests/test_faults.py --fuzz=300`"""
+"""Random command lines and notebook calls, made of the table of keys: whatever is given, a run trains to its end, or ends
+in one line and exit code 2 and leaves nothing behind; or in exit code 1, where a learning rate is absurd.
+
+  python tests/test_faults.py --fuzz=300 --seed=0
+"""
 import contextlib
 import json
 import math
@@ -10,12 +13,14 @@ import tempfile
 import time
 from collections import Counter
 from decimal import Decimal
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from conftest import TINY, Run
+import train  # once conftest has said where it is
 from train import CHOICES, KEYS, default_cfg, make_cfg
 
 SMALL = [
@@ -66,6 +71,12 @@ def tree(folder: Path) -> list[Path]:
     return sorted(path for path in folder.rglob("*") if path.name not in ("out.txt", "err.txt"))
 
 
+def train_in(folder: Path, argv: list[str]) -> int:
+    """train.main, called in a folder."""
+    with contextlib.chdir(folder):
+        return train.main(argv)
+
+
 def try_line(line: list[str]) -> int:
     """Runs train.py on it in a folder of its own. -> the exit code. AssertionError for any other end than the promised."""
     with tempfile.TemporaryDirectory() as home, contextlib.chdir(home):
@@ -74,7 +85,8 @@ def try_line(line: list[str]) -> int:
         (folder / "text" / "a.txt").write_text("In the beginning God created the heaven and the earth. " * 800)
         np.save(folder / "ids.npy", np.zeros((3, 128), np.uint16))
         before = tree(folder)
-        run = Run([*SMALL, *line], folder / "out.txt", folder / "err.txt", {"HOME": home}, threads=1, function=main_in(folder))
+        run = Run(
+            [*SMALL, *line], folder / "out.txt", folder / "err.txt", {"HOME": home}, threads=1, function=partial(train_in, folder))
         start = time.time()
         for seconds in (12, 18):
             run.join(seconds)
@@ -96,18 +108,6 @@ def try_line(line: list[str]) -> int:
         elif code == 0:
             assert not errors and "load it with: " in out, told
     return code
-
-
-class main_in:
-    """train.main, called in a folder."""
-
-    def __init__(self, folder: Path):
-        self.folder = folder
-
-    def __call__(self, argv: list[str]) -> int:
-        import train
-        with contextlib.chdir(self.folder):
-            return train.main(argv)
 
 
 def try_call(chance: random.Random) -> str:

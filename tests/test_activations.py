@@ -162,6 +162,9 @@ def other_models(tmp_path_factory):
 @pytest.mark.parametrize("overrides, said", [
     (dict(layers="1,4"), "the layers are 0 to 3"),
     (dict(site="resid_pots"), "resid_post"),
+    (dict(site="mlp_in"), r"^site='mlp_in': no blocks.0.hook_mlp_in here; give resid_post"),
+    (dict(site="result"), "^site='result': no "),
+    (dict(site="q_input"), "^site='q_input': no "),
     (dict(site="pattern"), r"\[batch, pos, ...\]"),
     (dict(seq_len=129), "128"),
     (dict(model_name="gpt2-nowhere"), "preset=tiny"),

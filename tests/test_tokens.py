@@ -87,13 +87,17 @@ def write_texts(folder, kind):
     if kind == "txt":
         for i, text in enumerate(TEXTS):
             (folder / f"{i}.txt").write_text(text)
+    elif kind == "json":
+        (folder / "all.json").write_text(json.dumps([{"text": t} for t in TEXTS]))
+    elif kind == "csv":
+        (folder / "all.csv").write_text("text\n" + "".join(f'"{t}"\n' for t in TEXTS))
     elif kind == "jsonl":
         (folder / "all.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in TEXTS))
     else:
         pq.write_table(pa.table({"text": TEXTS}), folder / "all.parquet")
 
 
-@pytest.mark.parametrize("kind", ["txt", "jsonl", "parquet"])
+@pytest.mark.parametrize("kind", ["txt", "jsonl", "json", "csv", "parquet"])
 def test_a_folder_of_text_becomes_rows_of_bos_and_documents_end_to_end(tmp_path, models, tokenizer, kind):
     write_texts(tmp_path / "text", kind)
     tokens = load_tokens(cfg_for(dataset=str(tmp_path / "text"), seq_len=32), models)
