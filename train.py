@@ -7,6 +7,7 @@ import copy
 import ctypes
 import difflib
 import glob
+import io
 import itertools
 import json
 import math
@@ -23,30 +24,7 @@ from functools import partial
 from importlib.metadata import distributions
 from pathlib import Path
 
-if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback from the imports below
-
-import datasets
-import datasets.fingerprint
-import filelock
-import huggingface_hub
-import numpy as np
-import psutil
-import torch
-import torch.nn.functional as F
-import tqdm
-from huggingface_hub.constants import HF_HOME
-from jaxtyping import Int
-from torch import Tensor
-from transformer_lens.model_bridge import TransformerBridge
-from transformer_lens.model_bridge.generalized_components import AttentionBridge, NormalizationBridge
-from transformers.activations import NewGELUActivation
-
-from utils import (
-    DTYPES, Trainer, atomically, bad, find_checkpoint, get_sources, get_stacked_resids, list_checkpoints,
-    source_names)
-
-# ---- Config --------------------------------------------------------------------------------------
+# ---- The command line ----------------------------------------------------------------------------
 KEYS = {  # key: (default, comment); default_cfg and --help are made of this
     "preset": ("gpt2-small", "or gpt2-published, tiny, diff, diff-tiny, gelu-1l: other defaults"),
     "seed": (51, "of the initial weights and of the shuffling"),
@@ -95,6 +73,61 @@ HEADINGS = {  # above which key
     "num_tokens": "The crosscoder and its training, as published [N24]"}
 default_cfg = {key: default for key, (default, _) in KEYS.items()}
 
+
+def get_help() -> str:
+    """What --help prints: every key with its comment and default."""
+    lines = [__doc__, "Any key of the config can be given as --key=value:"]
+    for key, (default, comment) in KEYS.items():
+        if key in HEADINGS:
+            lines += ["", HEADINGS[key]]
+        if isinstance(default, list):
+            default = ",".join(str(item) for item in default)
+        lines.append(f"  --{key:<18} {comment} (default: {default})")
+    return "\n".join(lines)
+
+
+class Quiet(io.FileIO):
+    """A file that drops what it cannot write, on a full disk or a closed pipe: no output may end a
+    run."""
+
+    def write(self, text: bytes) -> int:
+        """-> how many bytes are dealt with"""
+        try:
+            return super().write(text)
+        except OSError:
+            return len(text)
+
+
+if __name__ == "__main__":
+    for name in ("stdout", "stderr"):
+        file = io.BufferedWriter(Quiet(getattr(sys, name).fileno(), "w", closefd=False))
+        setattr(sys, name, io.TextIOWrapper(file, errors="replace", line_buffering=True))
+    if "--help" in sys.argv:  # at once, without what takes seconds to import
+        print(get_help())
+        sys.exit()
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback from the imports
+
+import datasets
+import datasets.fingerprint
+import filelock
+import huggingface_hub
+import numpy as np
+import psutil
+import torch
+import torch.nn.functional as F
+import tqdm
+from huggingface_hub.constants import HF_HOME
+from jaxtyping import Int
+from torch import Tensor
+from transformer_lens.model_bridge import TransformerBridge
+from transformer_lens.model_bridge.generalized_components import AttentionBridge, NormalizationBridge
+from transformers.activations import NewGELUActivation
+
+from utils import (
+    DTYPES, Trainer, atomically, bad, find_checkpoint, get_sources, get_stacked_resids, list_checkpoints,
+    source_names)
+
+# ---- Config --------------------------------------------------------------------------------------
 RECIPES = {  # what else differs with the activation [J25], [M25]
     "relu": {},
     "topk": {"aux_coeff": 1 / 32, "lr": 2e-4},
@@ -172,8 +205,7 @@ def make_cfg(**overrides) -> dict:
             if isinstance(saved["model_name"], str):
                 raise ValueError("but of an earlier one, which can only be loaded")
         except Exception as error:
-            problem = f"not a run of this version ({error!r:.200})"
-            raise bad("resume", str(folder), problem) from None
+            raise bad("resume", str(folder), f"not a run of this version ({error!r:.200})") from None
         base |= {key: convert(key, value) for key, value in saved.items() if key in KEYS}
     cfg = base | overrides
     for key, activations in USED_BY.items():
@@ -254,21 +286,18 @@ def locate(name: str) -> str:
 def find_latest(save_dir: str) -> Path:
     """The folder of the run in save_dir that was started last, as starts.jsonl has it: copying
     changes the times of files. ValueError where no run has a checkpoint."""
-    def started(run: Path) -> tuple[str, int]:
-        try:
-            start = json.loads((run / "starts.jsonl").read_text().splitlines()[-1])["time"]
-        except (OSError, ValueError, LookupError, TypeError):
-            start = ""  # cut off
-        return start, int(list_checkpoints(run)[-1].name[5:])
-
     folder = Path(save_dir).expanduser()
     runs = []
-    if os.path.isdir(folder):
-        runs = [run for run in folder.glob("version_*") if list_checkpoints(run)]
+    for name in glob.glob("version_*", root_dir=folder):
+        run = folder / name
+        times = []
+        if (run / "starts.jsonl").exists():
+            times = re.findall('"time": "(.*?)"', (run / "starts.jsonl").read_text(errors="replace"))
+        for last in list_checkpoints(run)[-1:]:
+            runs.append((times[-1:], int(last.name[5:]), run))
     if not runs:
-        raise bad(
-            "resume", "latest", f"no checkpoint in {save_dir}; python train.py --preset=tiny makes one")
-    return max(runs, key=started)
+        raise bad("resume", "latest", f"no checkpoint in {save_dir}; train.py --preset=tiny makes one")
+    return max(runs)[-1]
 
 
 def find_resume(resume: str, save_dir: str) -> Path:
@@ -381,15 +410,13 @@ def load_models(cfg: dict) -> list[TransformerBridge]:
         if model.cfg.n_ctx and cfg["seq_len"] > model.cfg.n_ctx:
             raise bad("seq_len", cfg["seq_len"], f"the context of {name} is {model.cfg.n_ctx}")
         if cfg["center"] and model.cfg.normalization_type != "LN":
-            problem = f"{name} has no LayerNorm: its mean over d_model matters; give false"
-            raise bad("center", True, problem)
+            raise bad("center", True, f"{name} has no LayerNorm, so that its mean matters; give false")
         differ = sorted(vocabulary.items() ^ model.tokenizer.get_vocab().items())
         if differ:
             raise bad("model_name", cfg["model_name"], "models must share a tokenizer; those of "
                       f"{first_name} and {name} differ in {len(differ)} entries, first {differ[0][0]!r}")
         if not cfg["layers"] and model.cfg.n_layers != models[0].cfg.n_layers:
-            problem = f"{first_name} and {name} differ in their number; give layer numbers"
-            raise bad("layers", "all", problem)
+            raise bad("layers", "all", f"{first_name} and {name} differ in their number; give layer numbers")
         if get_shape([model], cfg) != get_shape(models[:1], cfg):
             raise bad("model_name", cfg["model_name"], f"{first_name} and {name} differ in width")
     n_sources = len(get_sources(models, cfg))
@@ -526,11 +553,9 @@ def open_tokens(cfg: dict, name: str) -> Int[Tensor, "n_seqs seq_len"]:
         if tokens.ndim != 2 or tokens.numel() == 0 or not is_whole:
             raise ValueError(f"it holds {tokens.dtype} {list(tokens.shape)}")
     except Exception as error:
-        problem = f"give ids [n_seqs, seq_len], .npy or .pt ({error!r:.200})"
-        raise bad("tokens", name, problem) from None
+        raise bad("tokens", name, f"give ids [n_seqs, seq_len], .npy or .pt ({error!r:.200})") from None
     if tokens.shape[1] != cfg["seq_len"]:
-        length = tokens.shape[1]
-        raise bad("tokens", name, f"has rows of {length} tokens; set seq_len={length}")
+        raise bad("tokens", name, f"has rows of {tokens.shape[1]} tokens; set seq_len={tokens.shape[1]}")
     return tokens
 
 
@@ -661,18 +686,6 @@ def parse_overrides(argv: list[str]) -> dict[str, str]:
             raise ValueError(f"{argument}: write --key=value, see --help")
         overrides[match[1]] = match[2]  # of a key that is not there, make_cfg knows the nearest
     return overrides
-
-
-def get_help() -> str:
-    """What --help prints: every key with its comment and default."""
-    lines = [__doc__, "Any key of the config can be given as --key=value:"]
-    for key, (default, comment) in KEYS.items():
-        if key in HEADINGS:
-            lines += ["", HEADINGS[key]]
-        if isinstance(default, list):
-            default = ",".join(str(item) for item in default)
-        lines.append(f"  --{key:<18} {comment} (default: {default})")
-    return "\n".join(lines)
 
 
 def tune_allocator() -> None:
@@ -811,35 +824,6 @@ def handle_signals(trainer: Trainer) -> None:
     signal.signal(signal.SIGUSR1, save)
 
 
-class Quiet:
-    """A stream that falls silent where it cannot be written, on a full disk or a closed pipe: no
-    output may end a run."""
-
-    def __init__(self, stream):
-        self.stream = stream
-
-    def __getattr__(self, name: str):
-        return getattr(self.stream, name)
-
-    def write(self, text: str) -> None:
-        """Writes text, now or never."""
-        try:
-            self.stream.write(text)
-            self.stream.flush()
-        except OSError:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
-
-    def flush(self) -> None:
-        """Nothing is left to do."""
-
-
-def last_checkpoint(trainer: Trainer | None) -> Path | None:
-    """What a run can go on from."""
-    if trainer is None or not list_checkpoints(trainer.run_dir):
-        return None
-    return list_checkpoints(trainer.run_dir)[-1]
-
-
 def start(cfg: dict) -> Trainer:
     """Opens models and text and makes a Trainer; says what the run is on stdout and in its folder.
     In a notebook: trainer = start(make_cfg(...)), then trainer.train()."""
@@ -860,9 +844,6 @@ def main(argv: list[str]) -> int:
     start_time = time.time()
     trainer = None
     try:
-        if "--help" in argv:
-            print(get_help())
-            return 0
         cfg = make_cfg(**parse_overrides(argv))
         huggingface_hub.logging.set_verbosity_error()  # what it tries again is not an error yet
         tune_allocator()
@@ -873,17 +854,15 @@ def main(argv: list[str]) -> int:
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except OSError as error:
-        print(f"error: {error}", file=sys.stderr)
+    except (OSError, FloatingPointError, KeyboardInterrupt) as error:
+        advice = "nothing is saved"
+        if trainer is not None and list_checkpoints(trainer.run_dir):
+            advice = f"go on with --resume={list_checkpoints(trainer.run_dir)[-1]}"
+        if isinstance(error, KeyboardInterrupt):
+            print(f"stopped; {advice}", file=sys.stderr)
+            return (*error.args, 130)[0]  # 128 and the signal's number
+        print(f"error: {error}; {advice}", file=sys.stderr)
         return 1
-    except FloatingPointError as error:
-        print(f"error: {error}; last good checkpoint: {last_checkpoint(trainer)}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt as stop:
-        last = last_checkpoint(trainer)
-        advice = f"go on with --resume={last}" if last else "nothing is saved"
-        print(f"stopped; {advice}", file=sys.stderr)
-        return (*stop.args, 130)[0]  # 128 and the signal's number
     print(results(cfg, metrics, len(trainer.crosscoder.b_dec)))
     seconds = time.time() - start_time
     tokens = (trainer.step_counter - first_step) * cfg["batch_size"]
@@ -895,7 +874,5 @@ def main(argv: list[str]) -> int:
 
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    sys.stdout = Quiet(sys.stdout)
-    sys.stderr = Quiet(sys.stderr)
     exit_code = main(sys.argv[1:])
     sys.exit(exit_code)

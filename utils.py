@@ -10,6 +10,7 @@ x is raw activations, y normalised ones, throughout. cfg is the dict that train.
 [B24] Bussmann et al., December 2024: BatchTopK. [M25] Minder et al., April 2025: BatchTopK crosscoders.
 [N24] Nanda, 2024: the published GPT-2 Small crosscoders.
 """
+import glob
 import hashlib
 import itertools
 import json
@@ -99,8 +100,7 @@ def get_stacked_resids(models: list, tokens: Tokens, cfg: dict) -> Resids:
     def collect(act, hook, i):
         nonlocal resids
         if act.shape[:2] != tokens.shape:
-            shape = list(act.shape)
-            raise bad("site", cfg["site"], f"{sources[i].hook}: {shape}, not [batch, pos, ...]")
+            raise bad("site", cfg["site"], f"{hook.name}: {list(act.shape)}, not [batch, pos, ...]")
         act = act.flatten(2)  # [batch, pos, d_model]
         if cfg["center"]:
             act = act - act.mean(-1, keepdim=True)
@@ -524,8 +524,7 @@ class Buffer:
         splits = torch.searchsorted(numbers, numbers.new_tensor(bounds)).tolist()
         assert splits[-1] == self.size
         passes = list(zip(bounds, bounds[1:], splits, splits[1:]))
-        is_whole = bounds[0] == 0  # the first fill, or that of a resumed run
-        bar = tqdm.tqdm(passes, desc="filling the buffer", leave=False, disable=not is_whole)
+        bar = tqdm.tqdm(passes, desc="filling the buffer", leave=False, disable=bounds[0] > 0)
         for start, end, low, high in bar:
             if low == high:
                 continue
@@ -585,8 +584,7 @@ class Buffer:
         if not is_whole:
             raise bad("resume", self.cfg["resume"], "its buffer's state is not one of this run")
         if self.hash_text() != state["text"]:
-            text = self.cfg["tokens"] or self.cfg["dataset"]
-            raise bad("tokens", text, "not the text of the run so far")
+            raise bad("tokens", self.cfg["tokens"] or self.cfg["dataset"], "not the text of the run so far")
         self.generator.set_state(state["generator"].cpu())
         self.harvest(self.row_numbers, self.bounds)
 
@@ -603,8 +601,7 @@ def iter_rows(models: list, tokens: Tokens, cfg: dict) -> Iterator[Tensor]:
 @torch.no_grad()
 def get_stats(crosscoder: CrossCoder, models: list, tokens: Tokens, cfg: dict) -> dict:
     """How the crosscoder reconstructs and fires on tokens without position 0. On the CPU, in float64:
-    fvu [n_layers]: sum ||x - x_hat||^2 / sum ||x - mean||^2, the mean per dimension over the tokens;
-    nan where x is constant
+    fvu [n_layers]: sum ||x - x_hat||^2 / sum ||x - E x||^2; nan where x is constant
     fvu_all: the same over all sources, source l weighted by norm_factor[l] ** -2, as in the loss
     norm_ratio [n_layers]: E||x_hat|| / E||x||, below 1 where there is shrinkage
     mean [n_layers, d_model]: E x; l0: active latents a token; freqs [d_sae]: how often each fires"""
@@ -739,16 +736,14 @@ def get_identity(file: Path) -> dict:
 
 def list_checkpoints(run: Path) -> list[Path]:
     """The folders step_N in a run's folder, by N."""
-    folders = [folder for folder in run.glob("step_*") if folder.name[5:].isdigit()]
-    return sorted(folders, key=lambda folder: int(folder.name[5:]))
+    names = [name for name in glob.glob("step_*", root_dir=run) if name[5:].isdecimal()]
+    return [run / name for name in sorted(names, key=lambda name: int(name[5:]))]
 
 
 def find_checkpoint(key: str, path: Path, names: list[str]) -> Path:
     """A checkpoint whose files of these names are whole: path, or the newest in a run's folder,
     passing over damaged ones and saying so. ValueError, naming the key, where there is none."""
-    folders = [path]
-    if os.path.isdir(path):
-        folders = list_checkpoints(path) or [path]
+    folders = list_checkpoints(path) or [path]
     while folders:
         folder = folders.pop()
         try:
@@ -770,8 +765,12 @@ def open_run(cfg: dict) -> tuple[Path, filelock.FileLock]:
     taken; and a lock on it. ValueError where it is not writable, or another process trains there."""
     folder = Path(cfg["resume"]).parent
     try:
-        if not cfg["resume"]:
-            folder = make_run_folder(Path(cfg["save_dir"]).expanduser().resolve())
+        numbers = itertools.count()
+        while not cfg["resume"]:
+            folder = Path(cfg["save_dir"]).expanduser().resolve() / f"version_{next(numbers)}"
+            with suppress(FileExistsError):  # of another run, perhaps started at this moment
+                folder.mkdir(parents=True)
+                break
         lock = filelock.FileLock(folder / ".lock", blocking=False)
         lock.acquire()
         for left in folder.glob(".step_*"):  # where a process died while writing
@@ -785,18 +784,8 @@ def open_run(cfg: dict) -> tuple[Path, filelock.FileLock]:
     except filelock.Timeout:
         raise bad("resume", cfg["resume"], f"another run is at work in {folder}") from None
     except OSError as error:
-        problem = f"cannot write in {folder} ({error.strerror})"
-        raise bad("save_dir", cfg["save_dir"], problem) from None
+        raise bad("save_dir", cfg["save_dir"], f"no writing in {folder} ({error.strerror})") from None
     return folder, lock
-
-
-def make_run_folder(save_dir: Path) -> Path:
-    """Makes the folder of a new run."""
-    for n in itertools.count():
-        folder = save_dir / f"version_{n}"
-        with suppress(FileExistsError):  # of another run, perhaps one that started at this moment
-            folder.mkdir(parents=True)
-            return folder
 
 
 # ---- Trainer -------------------------------------------------------------------------------------
@@ -881,11 +870,8 @@ class Trainer:
 
     def get_k(self) -> int:
         """topk, batchtopk: from 8 k down to k over the first 5% of the steps."""
-        k = self.cfg["k"]
-        progress = self.step_counter / self.total_steps
-        if progress >= 0.05:
-            return k
-        return min(self.cfg["dict_size"], round(k * (8 - 7 * progress / 0.05)))
+        progress = min(1.0, self.step_counter / self.total_steps / 0.05)
+        return min(self.cfg["dict_size"], round(self.cfg["k"] * (8 - 7 * progress)))
 
     # ---- Trainer: training
     def step(self) -> dict[str, float | Tensor]:
@@ -902,7 +888,7 @@ class Trainer:
             self.crosscoder.constrain(self.crosscoder.W_enc.grad, self.crosscoder.W_dec.grad)
 
         # A step that is not finite is skipped. After MOST_SKIPPED in a row every step is skipped,
-        # until check_finite ends the run at the next log. Rows first, as in one go the norm of 75
+        # until run_steps ends the run at the next log. Rows first, as in one go the norm of 75
         # million numbers is off by 0.7% in fp32 on a CPU.
         grad_norms = [p.grad.norm(dim=-1) for p in self.crosscoder.parameters()]
         grad_norm = nn.utils.get_total_norm(grad_norms)
@@ -931,10 +917,9 @@ class Trainer:
         return {**metrics, "sparsity/dead": dead.float().mean().item()}
 
     def train(self) -> dict[str, float]:
-        """Trains to the end, logging, evaluating and saving on the way; returns the last
-        evaluation. self.stop, once set, is raised after the step. Whatever ends it, it saves; but
-        for a FloatingPointError, where loss or gradients of MOST_SKIPPED steps in a row are not
-        finite."""
+        """Trains to the end; returns the last evaluation. self.stop, once set, is raised after the
+        step. Whatever ends it, it saves; but for a FloatingPointError, where loss or gradients of
+        MOST_SKIPPED steps in a row are not finite."""
         self.lock.acquire()  # An earlier train() that was stopped has given it back,
         self.optimizer.zero_grad()  # and may have left gradients.
         self.stop = None
@@ -979,22 +964,18 @@ class Trainer:
                     last_step = self.step_counter
                     last_time = time.time()
                     bar.set_postfix_str(LIVE.format_map(self.history[-1]))
-                    self.check_finite()
+                    if self.skipped_in_a_row >= MOST_SKIPPED:
+                        norms = self.buffer.buffer.norm(dim=-1).amax(0).tolist()
+                        norms = dict(zip(source_names(cfg, len(norms)), norms))
+                        raise FloatingPointError(
+                            f"step {self.step_counter}: loss or gradients not finite {MOST_SKIPPED} "
+                            f"times in a row; largest norms: {norms}")
                 if self.stop:
                     raise self.stop
                 if (self.step_counter % cfg["save_every"] == 0 and not is_last) or self.save_soon:
                     self.save_soon = False
                     if not self.skipped_in_a_row:  # else the weights may already be bad
                         self.save()
-
-    def check_finite(self) -> None:
-        """FloatingPointError after MOST_SKIPPED bad steps in a row."""
-        if self.skipped_in_a_row >= MOST_SKIPPED:
-            norms = self.buffer.buffer.norm(dim=-1).amax(0).tolist()
-            norms = dict(zip(source_names(self.cfg, len(norms)), norms))
-            raise FloatingPointError(
-                f"step {self.step_counter}: loss or gradients not finite {MOST_SKIPPED} times in a row; "
-                f"largest norms: {norms}")
 
     # ---- Trainer: logs and checkpoints
     def log(self, metrics: dict[str, float | Tensor]) -> None:
@@ -1017,8 +998,7 @@ class Trainer:
         try:
             getattr(wandb, function)(*args, **kwargs)
         except Exception as error:
-            problem = f"wandb failed ({error!r:.200}); the run goes on without it"
-            tqdm.tqdm.write(problem, file=sys.stderr)
+            tqdm.tqdm.write(f"wandb failed ({error!r:.200}); the run goes on without it", file=sys.stderr)
             self.wandb_failed = True
 
     def save(self) -> Path | None:
@@ -1048,8 +1028,7 @@ class Trainer:
         """Goes on from a checkpoint: with its weights, moments, counters, log and buffer."""
 
         def select(prefix: str) -> dict:
-            keys = [key for key in state if key.startswith(prefix)]
-            return {key.removeprefix(prefix): state[key] for key in keys}
+            return {key.removeprefix(prefix): state[key] for key in state if key.startswith(prefix)}
 
         try:
             weights = safetensors.torch.load_file(folder / "crosscoder.safetensors")
@@ -1065,7 +1044,6 @@ class Trainer:
             for name, parameter in self.crosscoder.named_parameters():
                 self.optimizer.state[parameter] = select(f"adam.{name}.")
         except Exception as error:
-            problem = f"not a run of this version ({error!r:.200})"
-            raise bad("resume", str(folder), problem) from None
+            raise bad("resume", str(folder), f"not a run of this version ({error!r:.200})") from None
         self.buffer.load_state_dict(select("buffer."))
         self.write_history()  # without what was logged after the checkpoint
