@@ -30,11 +30,11 @@ import wandb  # noqa: F401
 
 ROOT = Path(__file__).parent.parent
 PARTS = {  # the section's title -> its fast tests
-    "CrossCoder": ["test_sparsity.py", "test_crosscoder.py", "--deselect=tests/test_crosscoder.py::test_a_planted_dictionary_is_"
-                   "recovered_in_bf16_as_in_fp32"],
+    "CrossCoder": ["test_sparsity.py", "test_crosscoder.py", "test_diff.py", "test_evaluation.py",
+                   "--deselect=tests/test_crosscoder.py::test_a_planted_dictionary_is_recovered_in_bf16_as_in_fp32"],
     "Buffer": ["test_buffer.py"],
     "Evaluation": ["test_evaluation.py"],
-    "Trainer": ["test_trainer.py", "test_sparsity.py", "-k=not tiny_run and not wandb"],
+    "Trainer": ["test_trainer.py", "test_sparsity.py", "test_diff.py", "-k=not tiny_run and not wandb_that and not wandb_offline"],
 }
 OPERATORS = {
     ast.Add: ast.Sub, ast.Sub: ast.Add, ast.Mult: ast.Div, ast.Div: ast.Mult, ast.FloorDiv: ast.Mult, ast.Mod: ast.FloorDiv,

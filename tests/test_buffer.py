@@ -138,6 +138,7 @@ def test_position_0_is_left_out(buffer, models, cfg):
 def test_too_little_text_for_one_fill_is_refused(cfg, models, tokens):
     with pytest.raises(ValueError, match="buffer_mult=16.*1,024 rows.*1,016 in the text"):
         Buffer(cfg, models, tokens[:8])
+    Buffer({**cfg, "batch_size": 127, "buffer_mult": 8}, models, tokens[:8]).refresh()  # just enough
 
 
 def test_the_same_seed_serves_the_same_rows(cfg, models, tokens, buffer):

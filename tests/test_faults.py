@@ -541,9 +541,12 @@ def test_activations_that_are_not_finite_are_caught_with_their_sequences(cfg, to
     cfg = {**cfg, "model_name": [str(tmp_path / "broken")]}
     broken = [seq for seq in range(8) if (tokens[seq, 1:].int() == token).any()]
     assert 5 in broken
-    buffer = Buffer(cfg, load_models(cfg), tokens[:60])
-    with pytest.raises(FloatingPointError, match=re.escape(f"sequences {broken}")):
-        buffer.refresh()
+    models = load_models(cfg)
+    for epoch in (0, 3):
+        buffer = Buffer(cfg, models, tokens[:60])
+        buffer.next_row = epoch * buffer.rows_per_epoch
+        with pytest.raises(FloatingPointError, match=re.escape(f"sequences {broken}")):
+            buffer.refresh()
 
 
 # ---- Files from strangers ------------------------------------------------------------------------

@@ -1,13 +1,15 @@
 import copy
 import json
 import os
+import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from conftest import Run
-from utils import Trainer
+from utils import Trainer, list_checkpoints
 
 
 @pytest.fixture
@@ -108,6 +110,15 @@ def test_the_same_seed_trains_to_the_same_numbers(cfg, models, tokens):
     assert torch.equal(runs[0].crosscoder.W_enc, runs[1].crosscoder.W_enc)
 
 
+def test_gradients_that_a_stopped_train_has_left_are_not_used(cfg, models, tokens):
+    cfg = {**cfg, "num_tokens": 3 * 64}
+    fresh, stopped = Trainer(cfg, models, tokens[:60]), Trainer(cfg, models, tokens[:60])
+    for parameter in stopped.crosscoder.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    fresh.train(), stopped.train()
+    assert torch.equal(fresh.crosscoder.W_enc, stopped.crosscoder.W_enc)
+
+
 def test_latents_that_do_not_fire_are_counted_in_tokens(trainer):
     trainer.crosscoder.b_enc.data[:10] = -1e6
     trainer.cfg = {**trainer.cfg, "dead_after": 3 * 64}
@@ -115,6 +126,16 @@ def test_latents_that_do_not_fire_are_counted_in_tokens(trainer):
         trainer.step()
     assert (trainer.tokens_since_fired[:10] == 3 * 64).all() and (trainer.tokens_since_fired[10:] == 0).any()
     assert trainer.evaluate()["sparsity/dead"] >= 10 / 256
+
+
+def test_which_latents_auxk_revives_is_looked_up_every_hundred_steps(cfg, models, tokens):
+    trainer = Trainer({**cfg, "aux_coeff": 0.1, "dead_after": 64}, models, tokens[:60])
+    trainer.tokens_since_fired[3:5] = 10**6
+    trainer.crosscoder.b_enc.data[3:5] = -1e6
+    for step, wanted in ((99, []), (100, [3, 4]), (101, [3, 4])):
+        trainer.step_counter = step
+        trainer.step()
+        assert [latent for latent in trainer.dead.tolist() if latent in (3, 4)] == wanted
 
 
 def test_metrics_go_to_history_and_to_metrics_jsonl(cfg, models, tokens):
@@ -128,6 +149,33 @@ def test_metrics_go_to_history_and_to_metrics_jsonl(cfg, models, tokens):
         "step", "loss", "fvu", "sparsity", "ce", "data", "perf", "norm_ratio"}
     assert rows[-1]["fvu/all"] == final["fvu/all"] < rows[0]["fvu/all"]
     assert rows[-2]["data/epochs"] == 40 * 64 / (52 * 127)
+
+
+def test_when_a_run_evaluates_logs_and_saves_and_what_wandb_is_told(cfg, models, tokens, monkeypatch):
+    told = []
+    monkeypatch.setattr("utils.wandb", SimpleNamespace(
+        init=lambda **_: told.append("init"), log=lambda row, step: told.append(row),
+        finish=lambda: told.append("finish")))
+    cfg = {**cfg, "num_tokens": 4 * 64, "log_every": 1, "eval_every": 1, "save_every": 2}
+    trainer = Trainer(cfg, models, tokens[:60])
+    trainer.train()
+    assert [row["step"] for row in trainer.history] == [0, 1, 1, 2, 2, 3, 3, 4, 4]
+    assert ["ce/clean" in row for row in trainer.history] == [True, False] * 4 + [True]
+    assert told == ["init", *trainer.history, "finish"]
+    before, last = list_checkpoints(trainer.run_dir)
+    assert [before.name, last.name] == ["step_0000002", "step_0000004"]
+    Trainer({**cfg, "resume": str(before)}, models, tokens[:60])
+    rows = [json.loads(line) for line in open(trainer.run_dir / "metrics.jsonl")]
+    assert rows == trainer.history[:4]  # without what was logged after that checkpoint
+
+
+def test_a_checkpoint_that_cannot_be_written_is_mentioned(trainer, monkeypatch, capfd):
+    def fail(path, state):
+        raise OSError("a disk on fire")
+
+    monkeypatch.setattr(trainer.crosscoder, "save", fail)
+    assert trainer.save() is None
+    assert re.fullmatch(r"cannot save .*step_0000000 \(a disk on fire\)\n", capfd.readouterr().err)
 
 
 def test_every_run_gets_a_folder_of_its_own(cfg, models, tokens):
