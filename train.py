@@ -296,7 +296,7 @@ def find_latest(save_dir: str) -> Path:
         for last in list_checkpoints(run)[-1:]:
             runs.append((times[-1:], int(last.name[5:]), run))
     if not runs:
-        raise bad("resume", "latest", f"no checkpoint in {save_dir}; train.py --preset=tiny makes one")
+        raise bad("resume", "latest", f"no checkpoint in {save_dir}; python train.py --preset=tiny makes one")
     return max(runs)[-1]
 
 

@@ -92,7 +92,8 @@ def start_parent() -> tuple[Hub, Path]:
     home = Path(tempfile.mkdtemp())
     atexit.register(shutil.rmtree, home)
     with mock.patch.dict(os.environ):
-        for name in [name for name in os.environ if name.startswith("HF_")]:
+        # WANDB_SERVICE: a server of wandb's for this process and those that it starts, which ends with it.
+        for name in [name for name in os.environ if name.startswith(("HF_", "WANDB_SERVICE"))]:
             del os.environ[name]
         os.environ["HF_ENDPOINT"] = hub.url
         os.environ["HF_HOME"] = str(home)
@@ -122,6 +123,7 @@ class Run(ForkServerProcess):
         os.setpgrp()
         signal.signal(signal.SIGINT, signal.default_int_handler)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)  # also where the tests themselves run under nohup
         for number, file in enumerate(self.files, start=1):
             os.dup2(os.open(file, os.O_WRONLY | os.O_APPEND), number)
         tqdm.tqdm.set_lock(threading.RLock())  # its own is shared with all processes, and outlives them

@@ -24,7 +24,7 @@ def test_the_reference_computes_what_training_does(cfg, models, tokens):
 
 
 def test_bench_measures_every_row():
-    cfg = make_cfg(preset="tiny", device="cpu", enc_dtype="bf16", dict_size=512, batch_size=128, buffer_mult=128,
+    cfg = make_cfg(preset="tiny", device="cpu", dict_size=512, batch_size=128, buffer_mult=128,
                    model_batch_size=4, eval_seqs=1)
     rows = bench.bench(cfg, str(TINY / "base"), flops=1e15, bandwidth=1e15, rounds=1)
     assert [row["what"] for row in rows] == ["train step", "harvest", "refill", "end to end"]

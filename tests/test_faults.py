@@ -634,6 +634,7 @@ def with_wandb(tmp_path_factory):
     never = start(folders[0], "--wandb_mode=online", env=envs[0])
     argv = [*ARGUMENTS, f"--save_dir={folders[1]}", "--wandb_mode=online"]
     env = {**os.environ, **envs[1], "OMP_NUM_THREADS": "1"}
+    env.pop("WANDB_SERVICE", None)  # of a run in this process
     with open(folders[1] / "stderr.txt", "w") as err:
         later = subprocess.Popen(
             [sys.executable, ROOT / "train.py", *argv], stdout=subprocess.DEVNULL, stderr=err, env=env)
