@@ -884,8 +884,7 @@ class Trainer:
         losses = self.crosscoder.get_losses(self.buffer.next(), self.get_k(), self.dead)
         loss = losses.l2_loss + l1_coeff * losses.l1_loss + losses.aux_loss
         loss.backward()
-        if cfg["n_shared"] or cfg["n_exclusive"]:
-            self.crosscoder.constrain(self.crosscoder.W_enc.grad, self.crosscoder.W_dec.grad)
+        self.crosscoder.constrain(self.crosscoder.W_enc.grad, self.crosscoder.W_dec.grad)
 
         # A step that is not finite is skipped. After MOST_SKIPPED in a row every step is skipped,
         # until run_steps ends the run at the next log. Rows first, as in one go the norm of 75

@@ -515,7 +515,10 @@ def test_a_step_that_is_not_finite_is_skipped_and_counted(cfg, models, tokens):
         assert torch.equal(moments["exp_avg_sq"], old)
     trainer.buffer.buffer[slot] = row
     assert trainer.step()["data/steps_skipped"] == 1 and trainer.skipped_in_a_row == 0
-    assert not torch.equal(trainer.crosscoder.W_enc, before["W_enc"])
+    after = trainer.crosscoder.W_enc.detach().clone()
+    assert not torch.equal(after, before["W_enc"])
+    trainer.skipped_in_a_row.fill_(10)  # after that many no step is taken, even a good one
+    assert trainer.step()["data/steps_skipped"] == 2 and torch.equal(trainer.crosscoder.W_enc, after)
 
 
 @pytest.mark.parametrize("log_every, step", [(3, 186), (1000, 195)])  # the last step is always logged
