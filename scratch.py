@@ -397,19 +397,16 @@ def get_diff_counts(crosscoder: CrossCoder, freqs: Float[Tensor, "d_sae"]) -> di
     norms, cosines = get_relative_norms(crosscoder)
     active = freqs > 0
     shared = active & (0.3 < norms) & (norms < 0.7)
-    n_shared = int(shared.sum())
     return {
-        "shared": n_shared,
-        "cosine": round(cosines[shared].sum().item() / max(1, n_shared), 4),
+        "shared": int(shared.sum()),
+        "cosine": round(cosines[shared].sum().item() / max(1, int(shared.sum())), 4),
         "only_0": int((active & (norms < 0.05)).sum()),
         "only_1": int((active & (norms > 0.95)).sum()),
     }
 
 norms, cosines = get_relative_norms(crosscoder)
 fig_diff = px.scatter(
-    x=norms[freqs > 0],
-    y=cosines[freqs > 0],
-    marginal_x="histogram",
+    x=norms[freqs > 0], y=cosines[freqs > 0], marginal_x="histogram",
     labels={"x": "relative decoder norm", "y": "decoder cosine"},
     title=str(get_diff_counts(crosscoder, freqs)))
 fig_diff

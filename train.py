@@ -100,7 +100,9 @@ class Quiet(io.FileIO):
 
 if __name__ == "__main__":
     for name in ("stdout", "stderr"):
-        file = io.BufferedWriter(Quiet(getattr(sys, name).fileno(), "w", closefd=False))
+        stream = getattr(sys, name)  # none where it was closed
+        number = stream.fileno() if stream else os.open(os.devnull, os.O_WRONLY)
+        file = io.BufferedWriter(Quiet(number, "w", closefd=False))
         setattr(sys, name, io.TextIOWrapper(file, errors="replace", line_buffering=True))
     if "--help" in sys.argv:  # at once, without what takes seconds to import
         print(get_help())

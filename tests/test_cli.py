@@ -20,6 +20,8 @@ def test_help_lists_every_key_with_default_and_comment_at_once():
     run = subprocess.run([sys.executable, ROOT / "train.py", "--l1_coeff=2", "--help"], capture_output=True, text=True)
     assert time.perf_counter() - begin < 2  # torch alone takes longer to import
     assert run.returncode == 0 and run.stderr == ""
+    for closed in (">&-", "2>&-", ">&- 2>&-", "> /dev/full"):
+        assert subprocess.run(f"'{sys.executable}' '{ROOT}/train.py' --help {closed}", shell=True).returncode == 0
     text = " ".join(run.stdout.split())
     for key, (default, comment) in KEYS.items():
         shown = ",".join(map(str, default)) if isinstance(default, list) else str(default)
