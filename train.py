@@ -108,6 +108,7 @@ if __name__ == "__main__":
         print(get_help())
         sys.exit()
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback from the imports
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # there is nothing to save yet
 
 import datasets
 import datasets.fingerprint
@@ -126,8 +127,8 @@ from transformer_lens.model_bridge.generalized_components import AttentionBridge
 from transformers.activations import NewGELUActivation
 
 from utils import (
-    DTYPES, Trainer, atomically, bad, find_checkpoint, get_sources, get_stacked_resids, list_checkpoints,
-    source_names)
+    DTYPES, RUN_FILES, Trainer, atomically, bad, find_checkpoint, get_sources, get_stacked_resids,
+    list_checkpoints, source_names)
 
 # ---- Config --------------------------------------------------------------------------------------
 RECIPES = {  # what else differs with the activation [J25], [M25]
@@ -183,22 +184,20 @@ USED_BY = {
 MAY_CHANGE = [  # on resume; the text is known by its hash, and the models by their fingerprint
     "model_name", "resume", "keep", "save_dir", "save_every", "log_every", "eval_every", "wandb_mode",
     "device", "buffer_device", "model_batch_size", "tokens", "dataset", "num_tokens"]
-DROPPED = ["loss_weights", "ignore_tokens"]  # keys in checkpoints of earlier versions
 
 
 def make_cfg(**overrides) -> dict:
     """The config: default_cfg, then what the activation, the preset or the run to resume change,
-    then overrides, as text or not. Has every key, every "auto" filled in; read-only afterwards.
+    then overrides, as text or not. Has every key, every "auto" filled in; afterwards read-only, but
+    for fingerprint.
     ValueError names the key, the value and what would be right."""
-    for key in overrides.keys() - KEYS.keys() - set(DROPPED):
+    for key in overrides.keys() - KEYS.keys():
         near = difflib.get_close_matches(key, KEYS, n=1, cutoff=0)
         raise ValueError(f"{key}: no such key, did you mean {near[0]}?")
-    overrides = {key: convert(key, value) for key, value in overrides.items() if key in KEYS}
+    overrides = {key: convert(key, value) for key, value in overrides.items()}
     preset = PRESETS[overrides.get("preset", "gpt2-small")]
     activation = (default_cfg | preset | overrides)["activation"]
     base = default_cfg | RECIPES[activation] | preset
-    if "dataset" in overrides:
-        base["tokens"] = []  # a preset's, which would come before it
     if overrides.get("resume"):
         folder = find_resume(overrides["resume"], overrides.get("save_dir", base["save_dir"]))
         overrides["resume"] = str(folder)
@@ -209,6 +208,8 @@ def make_cfg(**overrides) -> dict:
         except Exception as error:
             raise bad("resume", str(folder), f"not a run of this version ({error!r:.200})") from None
         base |= {key: convert(key, value) for key, value in saved.items() if key in KEYS}
+    if "dataset" in overrides:
+        base["tokens"] = []  # the preset's or the run's, which would come before it
     cfg = base | overrides
     for key, activations in USED_BY.items():
         if cfg["activation"] not in activations and cfg[key] != base[key]:
@@ -219,9 +220,13 @@ def make_cfg(**overrides) -> dict:
     for key in KEYS.keys() - set(MAY_CHANGE):
         if cfg["resume"] and cfg[key] != base[key]:
             raise bad(key, cfg[key], f"cannot change on resume; {cfg['resume']} has {base[key]!r}")
-    if cfg["resume"] and int(folder.name[5:]) >= cfg["num_tokens"] // cfg["batch_size"]:
-        raise bad("resume", cfg["resume"], "finished; to train longer give a larger num_tokens than "
-                  f"{cfg['num_tokens']}, to look at it see scratch.py")
+    if cfg["resume"]:
+        steps_left = cfg["num_tokens"] // cfg["batch_size"] - int(folder.name[5:])
+        log = folder.parent / "metrics.jsonl"
+        is_evaluated = log.exists() and "ce/clean" in log.read_text().rpartition("\n{")[2]
+        if steps_left < 0 or steps_left == 0 and is_evaluated:
+            raise bad("resume", cfg["resume"], "finished; to train longer give a larger num_tokens than "
+                      f"{cfg['num_tokens']}, to look at it see scratch.py")
     return cfg
 
 
@@ -268,8 +273,10 @@ def convert_list(key: str, value) -> list:
     if default_cfg[key] and not items:
         raise bad(key, value, f"give at least one, such as {default_cfg[key][0]}")
     kind = {"layers": int, "norm": float, "fingerprint": float}.get(key, str)
+    if key == "layers" and items == ["all"]:
+        return []
     try:
-        items = [kind(item) for item in items if kind is str or item != "all"]
+        items = [kind(item) for item in items]
     except ValueError:
         items = [math.nan]
     if not all(kind is str or abs(item) < MOST for item in items):
@@ -279,7 +286,7 @@ def convert_list(key: str, value) -> list:
 
 def locate(name: str) -> str:
     """The path of a file or folder, which presets give from this file's folder; else, the name."""
-    for path in (Path(name).expanduser(), Path(__file__).parent / name):
+    for path in (Path(os.path.expanduser(name)), Path(__file__).parent / name):
         if os.path.exists(path):  # unlike Path.exists no error for what cannot be a name
             return str(path)
     return name
@@ -288,7 +295,7 @@ def locate(name: str) -> str:
 def find_latest(save_dir: str) -> Path:
     """The folder of the run in save_dir that was started last, as starts.jsonl has it: copying
     changes the times of files. ValueError where no run has a checkpoint."""
-    folder = Path(save_dir).expanduser()
+    folder = Path(os.path.expanduser(save_dir))
     runs = []
     for name in glob.glob("version_*", root_dir=folder):
         run = folder / name
@@ -305,13 +312,12 @@ def find_latest(save_dir: str) -> Path:
 def find_resume(resume: str, save_dir: str) -> Path:
     """The checkpoint to go on with. ValueError where none is whole, or the one named is not the
     last."""
-    path = Path(resume).expanduser()
+    path = Path(os.path.expanduser(resume))
     if resume == "latest":
         path = find_latest(save_dir)
         print(f"resume=latest: {path}", file=sys.stderr)
     path = path.resolve()
-    names = ["cfg.json", "crosscoder.safetensors", "trainer.json", "trainer.safetensors"]
-    folder = find_checkpoint("resume", path, names)
+    folder = find_checkpoint("resume", path, RUN_FILES)
     run = list_checkpoints(folder.parent)
     if folder not in run:
         raise bad("resume", str(path), "not a run's folder, nor one of its checkpoints, step_N")
@@ -350,6 +356,8 @@ def check(cfg: dict) -> None:
     d_sae = cfg["dict_size"]
     if "topk" in cfg["activation"] and cfg["k"] > d_sae:
         raise bad("k", cfg["k"], f"more than dict_size={d_sae}")
+    if len(set(cfg["layers"])) < len(cfg["layers"]):
+        raise bad("layers", cfg["layers"], "give each once")
     n_models = len(cfg["model_name"])
     for key in ("n_shared", "n_exclusive"):
         designated = cfg["n_shared"] + n_models * cfg["n_exclusive"]
@@ -433,7 +441,7 @@ def load_models(cfg: dict) -> list[TransformerBridge]:
 
 def check_weights(models: list, cfg: dict) -> None:
     """Puts eight numbers of each model's last resid_post on a fixed text into cfg["fingerprint"].
-    ValueError where what is there already differs by more than bf16 explains, which is about 1%."""
+    ValueError where what is there already differs by a tenth; bf16 for fp32 makes a hundredth."""
     tokens = torch.arange(min(32, cfg["seq_len"]))[None]
     wanted = cfg | {"layers": [], "site": "resid_post", "center": False}
     x = [get_stacked_resids([model], tokens, wanted)[0, -1, -1, :8] for model in models]
@@ -446,7 +454,7 @@ def check_weights(models: list, cfg: dict) -> None:
         is_same = ((x - known).norm(dim=1) <= 0.1 * known.norm(dim=1)).all()
     if not is_same:
         raise bad("model_name", cfg["model_name"], "not the weights that the crosscoder was trained "
-                  "on; give those, or an empty fingerprint to take any")
+                  "on; give those, or, to look at it all the same, make_cfg an empty fingerprint")
 
 
 def fuse(model: TransformerBridge, cfg: dict) -> None:
@@ -815,8 +823,8 @@ def handle_signals(trainer: Trainer) -> None:
 
     def stop(number: int, frame) -> None:
         trainer.stop = KeyboardInterrupt(128 + number)
-        for number in numbers:
-            signal.signal(number, signal.SIG_DFL)
+        for other in numbers:
+            signal.signal(other, signal.SIG_DFL)
 
     def save(number: int, frame) -> None:
         trainer.save_soon = True
@@ -841,8 +849,8 @@ def start(cfg: dict) -> Trainer:
 
 
 def main(argv: list[str]) -> int:
-    """One run. -> exit code: 0; 1 where numbers or disk broke down; 2 a user's mistake; 130, 143 a
-    signal"""
+    """One run. -> exit code: 0; 1 where numbers or disk broke down; 2 a user's mistake; 128 and a
+    signal's number"""
     start_time = time.time()
     trainer = None
     try:
@@ -857,7 +865,7 @@ def main(argv: list[str]) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except (OSError, FloatingPointError, KeyboardInterrupt) as error:
-        advice = "nothing is saved"
+        advice = "nothing new is saved"
         if trainer is not None and list_checkpoints(trainer.run_dir):
             advice = f"go on with --resume={list_checkpoints(trainer.run_dir)[-1]}"
         if isinstance(error, KeyboardInterrupt):

@@ -41,6 +41,7 @@ Tokens = Int[Tensor, "n_seqs seq_len"]
 Resids = Float[Tensor, "... n_layers d_model"]  # x or y, with whatever axes lead
 Acts = Float[Tensor, "... d_sae"]  # of latents, before (h) and after their activation (acts)
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+RUN_FILES = ["cfg.json", "crosscoder.safetensors", "trainer.json", "trainer.safetensors"]
 
 
 def bad(key: str, value, remedy: str) -> ValueError:
@@ -66,7 +67,8 @@ def get_sources(models: list, cfg: dict) -> list[Source]:
                 raise bad("layers", cfg["layers"], f"the layers are 0 to {depth - 1}")
             hook = get_act_name(cfg["site"], layer)
             # TransformerLens computes hook_mlp_in, hook_q_input, ... only after a call for each.
-            if hook not in model.hook_dict or hook.endswith(("_in", "_input", "_result")):
+            is_own = hook.startswith(f"blocks.{layer}.")  # it takes the 3 in post3 for the layer
+            if not is_own or hook not in model.hook_dict or hook.endswith(("_in", "_input", "_result")):
                 raise bad("site", cfg["site"], f"no {hook} here; give resid_post, mlp_out, z, ...")
             sources.append(Source(m, hook))
     return sources
@@ -176,7 +178,7 @@ class CrossCoder(nn.Module):
         W_dec = torch.randn(d_sae, n_layers // self.n_models, d_model, generator=generator)
         W_dec = W_dec.repeat(1, self.n_models, 1)
         if self.activation == "relu":
-            init_norm = cfg["dec_init_norm"]  # unlike [A24]: of each source's vector [N24], not of all
+            init_norm = cfg["dec_init_norm"]  # unlike [A24]: at each source [N24], not of all
         else:
             init_norm = 3**-0.5 / n_layers  # [J25]
         W_dec *= init_norm / W_dec.norm(dim=-1, keepdim=True)
@@ -192,7 +194,7 @@ class CrossCoder(nn.Module):
             self.log_threshold: Float[Tensor, "d_sae"] = nn.Parameter(log_threshold)
         norm = cfg["norm"] or [1.0] * n_layers
         self.norm_factor: Float[Tensor, "n_layers"] = nn.Buffer(torch.tensor(norm))
-        self.threshold: Float[Tensor, ""] = nn.Buffer(torch.zeros(()))  # batchtopk's: see get_thresholds
+        self.threshold: Float[Tensor, ""] = nn.Buffer(torch.zeros(()))  # batchtopk's
         self.penalty: Float[Tensor, "d_sae"] = nn.Buffer(torch.ones(d_sae), persistent=False)
         self.penalty[: cfg["n_shared"]] = cfg["shared_penalty"]
         self.constrain(self.W_enc.data, self.W_dec.data)
@@ -384,8 +386,7 @@ class CrossCoder(nn.Module):
         h = self.get_pre_acts(y).float()
         level = h.mean(0)
         if self.activation == "jumprelu":
-            tenth = math.ceil(len(h) / 10)
-            level = h.topk(tenth, dim=0).values[-1]
+            level = h.topk(math.ceil(len(h) / 10), dim=0).values[-1]
         thresholds = self.get_thresholds()
         self.b_enc.copy_(thresholds - level)
         self.fit_threshold(x)
@@ -447,12 +448,14 @@ class CrossCoder(nn.Module):
                 cfg |= {"model_name": cfg["model_name"].split(","), "norm": []}
                 cfg |= {"layers": [int(layer) for layer in layers if layer]}
                 cfg.setdefault("shared_penalty", 0.1)
+                cfg = {key: cfg[key] for key in cfg if key not in ("loss_weights", "ignore_tokens")}
             weights = safetensors.torch.load_file(folder / "crosscoder.safetensors")
             n_layers, d_model, d_sae = weights["W_enc"].shape
             is_finite = all(weight.isfinite().all() for weight in weights.values())
             if not is_finite or not weights["norm_factor"].min() > 0 or weights["W_enc"].numel() == 0:
                 raise ValueError("weights are not finite, none, or divided by 0")
-            crosscoder = cls({**cfg, "dict_size": d_sae, "device": device}, n_layers, d_model)
+            cfg |= {"dict_size": d_sae, "device": device, "buffer_device": device}
+            crosscoder = cls(cfg, n_layers, d_model)
             crosscoder.load_state_dict(weights)
         except Exception as error:
             raise bad("path", str(folder), f"it holds no crosscoder: {error!r:.200}") from None
@@ -767,7 +770,7 @@ def open_run(cfg: dict) -> tuple[Path, filelock.FileLock]:
     try:
         numbers = itertools.count()
         while not cfg["resume"]:
-            folder = Path(cfg["save_dir"]).expanduser().resolve() / f"version_{next(numbers)}"
+            folder = Path(os.path.expanduser(cfg["save_dir"])).resolve() / f"version_{next(numbers)}"
             with suppress(FileExistsError):  # of another run, perhaps started at this moment
                 folder.mkdir(parents=True)
                 break
@@ -775,14 +778,17 @@ def open_run(cfg: dict) -> tuple[Path, filelock.FileLock]:
         lock.acquire()
         for left in folder.glob(".step_*"):  # where a process died while writing
             shutil.rmtree(left)
-        for later in reversed(list_checkpoints(folder)):  # make_cfg has passed over these as damaged
+        for later in reversed(list_checkpoints(folder)):
             if later.name == Path(cfg["resume"]).name:
                 break
+            with suppress(ValueError):  # damaged, as make_cfg has found; or else it is new
+                find_checkpoint("resume", later, RUN_FILES)
+                raise filelock.Timeout(folder)
             aside = folder / f"damaged_{later.name}"
             shutil.rmtree(aside, ignore_errors=True)
             later.rename(aside)
     except filelock.Timeout:
-        raise bad("resume", cfg["resume"], f"another run is at work in {folder}") from None
+        raise bad("resume", cfg["resume"], f"another run is or was at work in {folder}") from None
     except OSError as error:
         raise bad("save_dir", cfg["save_dir"], f"no writing in {folder} ({error.strerror})") from None
     return folder, lock
@@ -790,8 +796,7 @@ def open_run(cfg: dict) -> tuple[Path, filelock.FileLock]:
 
 # ---- Trainer -------------------------------------------------------------------------------------
 MOST_SKIPPED = 10  # steps in a row before a run stops
-LIVE = ("loss {loss/total:.1f} FVU {fvu/batch:.3f} L0 {sparsity/l0_batch:.1f} "
-        "{perf/tokens_per_s:,.0f} tok/s")
+LIVE = "loss {loss/total:.1f} FVU {fvu/batch:.3f} L0 {sparsity/l0_batch:.1f} {perf/tokens_per_s:,.0f} tok/s"
 
 
 def step_adam(optimizer: torch.optim.Adam, grad_norm: Float[Tensor, ""], skip: Float[Tensor, ""]) -> None:
@@ -845,9 +850,7 @@ class Trainer:
     def get_norm_factor(self) -> Float[Tensor, "n_layers"]:
         """E||x|| / sqrt(d_model) of each source, over the rows in the buffer."""
         rows = self.buffer.buffer
-        norms = 0
-        for x in rows.split(self.cfg["batch_size"]):  # in fp32 not all at once
-            norms = norms + x.float().norm(dim=-1).sum(0)
+        norms = sum(x.float().norm(dim=-1).sum(0) for x in rows.split(self.cfg["batch_size"]))
         if not norms.min() > 0:
             raise bad("site", self.cfg["site"], "its activations are all 0, or not finite")
         return norms / len(rows) / math.sqrt(rows.shape[-1])
@@ -909,7 +912,7 @@ class Trainer:
             "data/steps_skipped": self.steps_skipped}
 
     def evaluate(self) -> dict[str, float]:
-        """evaluate() on the held-out sequences, and the share of latents that training left dead."""
+        """evaluate() on the held-out sequences, and the share of latents that are dead."""
         self.crosscoder.fit_threshold(self.buffer.peek())  # never on the text that is scored
         dead = self.tokens_since_fired >= self.cfg["dead_after"]
         metrics = evaluate(self.crosscoder, self.models, self.eval_tokens, self.cfg)
@@ -971,10 +974,10 @@ class Trainer:
                             f"times in a row; largest norms: {norms}")
                 if self.stop:
                     raise self.stop
-                if (self.step_counter % cfg["save_every"] == 0 and not is_last) or self.save_soon:
+                is_due = self.step_counter % cfg["save_every"] == 0 and not is_last
+                if (is_due or self.save_soon) and not self.skipped_in_a_row:  # else perhaps bad
                     self.save_soon = False
-                    if not self.skipped_in_a_row:  # else the weights may already be bad
-                        self.save()
+                    self.save()
 
     # ---- Trainer: logs and checkpoints
     def log(self, metrics: dict[str, float | Tensor]) -> None:
@@ -1001,11 +1004,9 @@ class Trainer:
             self.wandb_failed = True
 
     def save(self) -> Path | None:
-        """Writes this step's checkpoint, save_dir/version_N/step_NNNNNNN, unless it is there, and
-        removes all but the newest cfg["keep"]. -> the folder, or None where it cannot be written"""
+        """Writes this step's checkpoint, save_dir/version_N/step_NNNNNNN, unless it is there, and the
+        log; removes all but the newest cfg["keep"]. -> the folder, or None where it cannot write"""
         path = self.run_dir / f"step_{self.step_counter:07d}"
-        if path.exists():
-            return path
         self.crosscoder.fit_threshold(self.buffer.peek())
         state = {name: getattr(self, name) for name in self.STATE}
         state |= {f"buffer.{key}": value for key, value in self.buffer.state_dict().items()}
@@ -1013,7 +1014,8 @@ class Trainer:
             moments = self.optimizer.state[parameter]
             state |= {f"adam.{name}.{key}": value for key, value in moments.items()}
         try:
-            self.crosscoder.save(path, state)
+            if not path.exists():
+                self.crosscoder.save(path, state)
             self.write_history()
         except (OSError, safetensors.SafetensorError) as error:
             tqdm.tqdm.write(f"cannot save {path} ({error})", file=sys.stderr)
@@ -1033,7 +1035,7 @@ class Trainer:
             weights = safetensors.torch.load_file(folder / "crosscoder.safetensors")
             self.crosscoder.load_state_dict(weights)
             state = safetensors.torch.load_file(folder / "trainer.safetensors", self.cfg["device"])
-            # Copied, as tensors in a file are not aligned, which changes the last bits of some sums.
+            # Copied, as tensors in a file are not aligned, which changes some sums' last bits.
             state = {key: tensor.clone() for key, tensor in state.items()}
             state |= json.loads((folder / "trainer.json").read_text())
             for name in self.STATE:

@@ -163,6 +163,7 @@ def other_models(tmp_path_factory):
     (dict(layers="1,4"), "the layers are 0 to 3"),
     (dict(site="resid_pots"), "resid_post"),
     (dict(site="mlp_in"), r"^site='mlp_in': no blocks.0.hook_mlp_in here; give resid_post"),
+    (dict(site="post3"), r"^site='post3': no blocks.3.mlp.hook_post here"),  # else four times the same source
     (dict(site="result"), "^site='result': no "),
     (dict(site="q_input"), "^site='q_input': no "),
     (dict(site="pattern"), r"\[batch, pos, ...\]"),

@@ -132,6 +132,9 @@ def test_the_published_normalisation_is_a_preset():
     (dict(lr=None), "such as 2e-05"),
     (dict(save_dir=None), "such as 'checkpoints'"),
     (dict(layers=[None]), "0,3,6"),
+    (dict(layers="all,3"), "0,3,6"),
+    (dict(layers=[3, 1, 3]), "each once"),
+    (dict(loss_weights="1,1"), "loss_weights: no such key"),
     (dict(layers="\u00b2"), "0,3,6"),
     (dict(lr="1\n2"), "number"),
     (dict(preset="ti\nny"), "diff-tiny"),
@@ -145,7 +148,7 @@ def test_a_wrong_value_is_refused_by_key_value_and_remedy(overrides, said):
     assert time.time() - start < 1
     key, value = next(iter(overrides.items()))
     assert key in str(error.value) and "\n" not in str(error.value)
-    assert key == "l1_coef" or repr(value) in str(error.value)
+    assert key in ("l1_coef", "loss_weights") or repr(value) in str(error.value)
 
 
 def test_a_save_dir_that_cannot_be_written_is_refused(tmp_path):

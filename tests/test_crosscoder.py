@@ -266,9 +266,11 @@ def test_a_small_file_that_says_that_it_is_large_is_refused_at_once(crosscoder, 
 
 
 def test_loading_takes_the_shape_from_the_weights_and_survives_keys_of_another_version(crosscoder, tmp_path):
-    crosscoder.cfg = {**crosscoder.cfg, "device": "cuda:7", "dict_size": 3, "from_the_future": 1}
+    crosscoder.cfg = {**crosscoder.cfg, "device": "cuda:7", "buffer_device": "cuda:7", "dict_size": 3, "from_the_future": 1}
     crosscoder.save(tmp_path / "cc")
-    assert CrossCoder.load(tmp_path / "cc").W_enc.shape == (3, 5, 7)
+    loaded = CrossCoder.load(tmp_path / "cc")
+    assert loaded.W_enc.shape == (3, 5, 7)
+    assert (loaded.cfg["device"], loaded.cfg["buffer_device"]) == ("cpu", "cpu")  # so that make_cfg takes it here
 
 
 def train_on_planted(dtype):

@@ -266,6 +266,9 @@ def test_what_must_not_change_on_resume_is_refused_by_name(copy):
     assert (cfg["log_every"], cfg["num_tokens"], cfg["wandb_mode"]) == (7, 30_000, "offline")
     assert cfg["lr"] == 1e-3
     assert make_cfg(**cfg) == cfg
+    more = make_cfg(resume=copy / "version_0", num_tokens=3e4, dataset="more")
+    assert (more["dataset"], more["tokens"]) == (["more"], [])
+    assert make_cfg(save_dir="~nobody_of_that_name/x")["save_dir"] == "~nobody_of_that_name/x"
     for resume in ("latest", copy / "no"):
         with pytest.raises(ValueError, match="^resume="):
             make_cfg(resume=resume)
@@ -284,6 +287,29 @@ def test_the_latest_run_is_the_one_that_was_started_last(copy, capfd):
     for cut_off in ("", "{", "5\n"):
         (copy / "version_0" / "starts.jsonl").write_text(cut_off)
         assert "version_1" in make_cfg(resume="latest", save_dir=copy, num_tokens=30_000)["resume"]
+
+
+def test_a_checkpoint_that_came_after_the_one_to_resume_is_left_alone(copy, models, tokens):
+    """As where the other process saves once more while this one opens its models."""
+    before, last = saved(copy)
+    aside = last.rename(copy / last.name)
+    cfg = make_cfg(resume=before)
+    aside.rename(last)
+    with pytest.raises(ValueError, match="^resume=.*another run is or was at work in"):
+        Trainer(cfg, models, tokens)
+    shutil.rmtree(before)  # which the other's keep has removed
+    with pytest.raises(ValueError, match="^resume=.*another run is or was at work in"):
+        Trainer(cfg, models, tokens)
+    assert saved(copy) == [last]
+
+
+def test_a_run_killed_in_its_last_evaluation_is_not_finished(whole, tmp_path):
+    run = start(tmp_path)
+    wait_for(run, lambda: (tmp_path / "version_0" / "step_0000195").exists(), within=200)
+    kill(run)
+    assert "ce/clean" not in rows(tmp_path)[-1]
+    finish(start(tmp_path, "--resume=latest"), tmp_path)
+    assert_same(tmp_path, whole)
 
 
 def test_a_finished_run_says_so_at_once_and_how_to_train_longer(copy):
@@ -409,7 +435,7 @@ def test_a_run_resumed_in_a_later_epoch_is_the_same_to_the_last_bit(cfg, tokens,
     for _ in range(35):
         other.step()
     cfg["resume"] = str(other.save())
-    with pytest.raises(ValueError, match="^resume=.*another run is at work in"):
+    with pytest.raises(ValueError, match="^resume=.*another run is or was at work in"):
         Trainer(cfg, models, tokens[:20])
     other.lock.release()
     resumed = Trainer(cfg, models, tokens[:20])
@@ -434,7 +460,7 @@ def test_two_runs_at_the_same_moment_each_get_a_folder_and_a_run_is_resumed_only
     first = start(copy, "--resume=latest", "--num_tokens=200_000")
     wait_for(first, lambda: last_step(copy) > 195)
     err = finish(start(copy, "--resume=latest", "--num_tokens=200_000"), copy, code=2)
-    assert re.search("^error: resume=.*another run is at work in", err, re.M)
+    assert re.search("^error: resume=.*another run is or was at work in", err, re.M)
     kill(first)
 
 

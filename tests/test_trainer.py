@@ -2,6 +2,7 @@ import copy
 import json
 import os
 import re
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -165,6 +166,7 @@ def test_when_a_run_evaluates_logs_and_saves_and_what_wandb_is_told(cfg, models,
     assert told == ["init", *trainer.history, "finish"]
     before, last = list_checkpoints(trainer.run_dir)
     assert [before.name, last.name] == ["step_0000002", "step_0000004"]
+    shutil.rmtree(last)
     Trainer({**cfg, "resume": str(before)}, models, tokens[:60])
     rows = [json.loads(line) for line in open(trainer.run_dir / "metrics.jsonl")]
     assert rows == trainer.history[:4]  # without what was logged after that checkpoint
@@ -177,6 +179,16 @@ def test_a_checkpoint_that_cannot_be_written_is_mentioned(trainer, monkeypatch, 
     monkeypatch.setattr(trainer.crosscoder, "save", fail)
     assert trainer.save() is None
     assert re.fullmatch(r"cannot save .*step_0000000 \(a disk on fire\)\n", capfd.readouterr().err)
+
+
+def test_a_log_that_cannot_be_written_beside_a_checkpoint_is_tried_again(trainer, monkeypatch):
+    trainer.log({"loss/total": 1.0})
+    (trainer.run_dir / "metrics.jsonl").unlink()
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer, "write_history", lambda: open("/dev/full", "w").write("x" * 10**6))
+        assert trainer.save() is None
+    assert trainer.save() == list_checkpoints(trainer.run_dir)[0]
+    assert [json.loads(line) for line in open(trainer.run_dir / "metrics.jsonl")] == trainer.history
 
 
 def test_every_run_gets_a_folder_of_its_own(cfg, models, tokens):
