@@ -111,7 +111,6 @@ if __name__ == "__main__":
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # there is nothing to save yet
 
 import datasets
-import datasets.fingerprint
 import filelock
 import huggingface_hub
 import numpy as np
@@ -120,14 +119,12 @@ import torch
 import torch.nn.functional as F
 import tqdm
 from huggingface_hub.constants import HF_HOME
-from jaxtyping import Int
-from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 from transformer_lens.model_bridge.generalized_components import AttentionBridge, NormalizationBridge
 from transformers.activations import NewGELUActivation
 
 from utils import (
-    DTYPES, RUN_FILES, Trainer, atomically, bad, find_checkpoint, get_sources, get_stacked_resids,
+    DTYPES, RUN_FILES, Tokens, Trainer, atomically, bad, find_checkpoint, get_sources, get_stacked_resids,
     list_checkpoints, source_names)
 
 # ---- Config --------------------------------------------------------------------------------------
@@ -404,9 +401,7 @@ def load_models(cfg: dict) -> list[TransformerBridge]:
     cfg["fingerprint"]. ValueError where one cannot be opened, does not have the sources or the
     context, does not go with the first, or has other weights than when the fingerprint was taken."""
     opened = {}
-    for name in cfg["model_name"]:
-        if name in opened:
-            continue
+    for name in dict.fromkeys(cfg["model_name"]):
         try:
             opened[name] = TransformerBridge.boot_transformers(
                 locate(name), device=cfg["device"], dtype=DTYPES[cfg["enc_dtype"]])
@@ -448,11 +443,8 @@ def check_weights(models: list, cfg: dict) -> None:
     x = torch.stack(x).float().cpu()  # [n_models, 8]
     if not cfg["fingerprint"]:
         cfg["fingerprint"] = [float(f"{number:.4g}") for number in x.flatten().tolist()]
-    is_same = len(cfg["fingerprint"]) == x.numel()
-    if is_same:
-        known = torch.tensor(cfg["fingerprint"]).view_as(x)
-        is_same = ((x - known).norm(dim=1) <= 0.1 * known.norm(dim=1)).all()
-    if not is_same:
+    known = torch.tensor(cfg["fingerprint"])
+    if len(known) != x.numel() or not ((x - known.view_as(x)).norm(dim=1) <= 0.1 * x.norm(dim=1)).all():
         raise bad("model_name", cfg["model_name"], "not the weights that the crosscoder was trained "
                   "on; give those, or, to look at it all the same, make_cfg an empty fingerprint")
 
@@ -506,7 +498,7 @@ def get_tokenizer(models: list):
 KINDS = {".txt": "text", ".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
 
 
-def load_tokens(cfg: dict, models: list) -> Int[Tensor, "n_seqs seq_len"]:
+def load_tokens(cfg: dict, models: list) -> Tokens:
     """The text as token ids: the file cfg["tokens"], or cfg["dataset"] by way of a cache,
     memory-mapped. Of a mix a:0.5,b:0.5 in memory, rows of each in turn throughout, until those of
     one are used up. ValueError where there is nothing that the models can be run on."""
@@ -549,7 +541,7 @@ def load_tokens(cfg: dict, models: list) -> Int[Tensor, "n_seqs seq_len"]:
     return torch.cat(parts)[np.argsort(np.concatenate(turns), kind="stable")]
 
 
-def open_tokens(cfg: dict, name: str) -> Int[Tensor, "n_seqs seq_len"]:
+def open_tokens(cfg: dict, name: str) -> Tokens:
     """A file of tokens, memory-mapped."""
     path = locate(name)
     try:
@@ -581,7 +573,7 @@ def list_files(path: Path) -> list[Path]:
     return files
 
 
-def tokenise(cfg: dict, tokenizer, dataset: str, share: float) -> Int[Tensor, "n_seqs seq_len"]:
+def tokenise(cfg: dict, tokenizer, dataset: str, share: float) -> Tokens:
     """The rows that the run needs of a dataset: each is BOS and then a piece of the documents laid
     end to end, EOS after each; what is a conversation as the chat template has it. Memory-mapped
     from a cache under HF_HOME, which grows and goes on where an earlier run, cut off or with fewer
@@ -884,5 +876,4 @@ def main(argv: list[str]) -> int:
 
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    exit_code = main(sys.argv[1:])
-    sys.exit(exit_code)
+    sys.exit(main(sys.argv[1:]))
