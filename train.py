@@ -101,9 +101,10 @@ class Quiet(io.FileIO):
 if __name__ == "__main__":
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)  # none where it was closed
-        number = stream.fileno() if stream else os.open(os.devnull, os.O_WRONLY)
-        file = io.BufferedWriter(Quiet(number, "w", closefd=False))
-        setattr(sys, name, io.TextIOWrapper(file, errors="replace", line_buffering=True))
+        if stream is getattr(sys, f"__{name}__"):  # and not a notebook's
+            number = stream.fileno() if stream else os.open(os.devnull, os.O_WRONLY)
+            file = io.BufferedWriter(Quiet(number, "w", closefd=False))
+            setattr(sys, name, io.TextIOWrapper(file, errors="replace", line_buffering=True))
     if "--help" in sys.argv:  # at once, without what takes seconds to import
         print(get_help())
         sys.exit()
@@ -186,8 +187,7 @@ MAY_CHANGE = [  # on resume; the text is known by its hash, and the models by th
 def make_cfg(**overrides) -> dict:
     """The config: default_cfg, then what the activation, the preset or the run to resume change,
     then overrides, as text or not. Has every key, every "auto" filled in; afterwards read-only, but
-    for fingerprint.
-    ValueError names the key, the value and what would be right."""
+    for fingerprint. ValueError names the key, the value and what would be right."""
     for key in overrides.keys() - KEYS.keys():
         near = difflib.get_close_matches(key, KEYS, n=1, cutoff=0)
         raise ValueError(f"{key}: no such key, did you mean {near[0]}?")
@@ -296,11 +296,11 @@ def find_latest(save_dir: str) -> Path:
     runs = []
     for name in glob.glob("version_*", root_dir=folder):
         run = folder / name
-        times = []
+        times = [""]  # the earliest there is, where starts.jsonl is cut off or not there
         if (run / "starts.jsonl").exists():
-            times = re.findall('"time": "(.*?)"', (run / "starts.jsonl").read_text(errors="replace"))
-        for last in list_checkpoints(run)[-1:]:
-            runs.append((times[-1:], int(last.name[5:]), run))
+            times += re.findall('"time": "(.*?)"', (run / "starts.jsonl").read_text(errors="replace"))
+        if list_checkpoints(run):
+            runs.append((times[-1], int(list_checkpoints(run)[-1].name[5:]), run))
     if not runs:
         raise bad("resume", "latest", f"no checkpoint in {save_dir}; python train.py --preset=tiny makes one")
     return max(runs)[-1]

@@ -67,7 +67,7 @@ def get_sources(models: list, cfg: dict) -> list[Source]:
                 raise bad("layers", cfg["layers"], f"the layers are 0 to {depth - 1}")
             hook = get_act_name(cfg["site"], layer)
             # TransformerLens computes hook_mlp_in, hook_q_input, ... only after a call for each.
-            is_own = hook.startswith(f"blocks.{layer}.")  # it takes the 3 in post3 for the layer
+            is_own = hook.startswith(f"blocks.{layer}.")  # get_act_name reads post3 as layer 3
             if not is_own or hook not in model.hook_dict or hook.endswith(("_in", "_input", "_result")):
                 raise bad("site", cfg["site"], f"no {hook} here; give resid_post, mlp_out, z, ...")
             sources.append(Source(m, hook))
@@ -769,7 +769,7 @@ def open_run(cfg: dict) -> tuple[Path, filelock.FileLock]:
     folder = Path(cfg["resume"]).parent
     try:
         numbers = itertools.count()
-        while not cfg["resume"]:
+        while not cfg["resume"]:  # a new run takes the first number that is free
             folder = Path(os.path.expanduser(cfg["save_dir"])).resolve() / f"version_{next(numbers)}"
             with suppress(FileExistsError):  # of another run, perhaps started at this moment
                 folder.mkdir(parents=True)
@@ -975,7 +975,7 @@ class Trainer:
                 if self.stop:
                     raise self.stop
                 is_due = self.step_counter % cfg["save_every"] == 0 and not is_last
-                if (is_due or self.save_soon) and not self.skipped_in_a_row:  # else perhaps bad
+                if (is_due or self.save_soon) and not self.skipped_in_a_row:  # never bad weights
                     self.save_soon = False
                     self.save()
 

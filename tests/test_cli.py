@@ -31,6 +31,10 @@ def test_help_lists_every_key_at_once_wherever_it_is_written():
     assert subprocess.run([sys.executable, ROOT / "train.py", "--help"], stdout=full).returncode == 0
     for closed in (">&-", "2>&-", ">&- 2>&-", "> /dev/full"):
         assert subprocess.run(f"'{sys.executable}' '{ROOT}/train.py' --help {closed}", shell=True).returncode == 0
+    notebook = ("import io, runpy, sys; sys.argv = ['train.py', '--help']; sys.stdout = io.StringIO()\n"  # as %run has it
+                f"try: runpy.run_path('{ROOT}/train.py', run_name='__main__')\n"
+                "except SystemExit: assert '--l1_coeff' in sys.stdout.getvalue()")
+    assert subprocess.run([sys.executable, "-c", notebook]).returncode == 0
     text = " ".join(run.stdout.split())
     for key, (default, comment) in KEYS.items():
         shown = ",".join(map(str, default)) if isinstance(default, list) else str(default)
@@ -139,7 +143,10 @@ def test_a_run_that_does_not_fit_says_so_at_once_and_what_to_lower(key, value, c
 def test_as_a_process_bad_input_says_one_line_and_no_traceback(tmp_path):
     command = [sys.executable, ROOT / "train.py", "--preset=tiny", "--l1_coef=2"]
     run = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    time.sleep(1)
+    ignored = 0
+    while not ignored >> (signal.SIGUSR1 - 1) & 1:  # from its first moments on
+        ignored = int(re.search(r"SigIgn:\s*(\w+)", open(f"/proc/{run.pid}/status").read())[1], 16)
+        assert run.poll() is None
     run.send_signal(signal.SIGUSR1)  # to save what is not there yet
     out, err = run.communicate()
     assert (run.returncode, out) == (2, "")
