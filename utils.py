@@ -22,9 +22,9 @@ import sys
 import tempfile
 import time
 from contextlib import contextmanager, suppress
-from functools import partial
+from functools import partial, wraps
 from pathlib import Path
-from typing import Iterator, NamedTuple
+from typing import Callable, Iterator, NamedTuple
 
 import einops
 import filelock
@@ -62,13 +62,14 @@ def get_sources(models: list, cfg: dict) -> list[Source]:
     sources = []
     for m, model in enumerate(models):
         depth = model.cfg.n_layers
+        hooks = model.hook_dict  # once, as each time it is made anew
         for layer in cfg["layers"] or range(depth):
             if not 0 <= layer < depth:
                 raise bad("layers", cfg["layers"], f"the layers are 0 to {depth - 1}")
             hook = get_act_name(cfg["site"], layer)
             # TransformerLens computes hook_mlp_in, hook_q_input, ... only after a call for each.
             is_own = hook.startswith(f"blocks.{layer}.")  # get_act_name reads post3 as layer 3
-            if not is_own or hook not in model.hook_dict or hook.endswith(("_in", "_input", "_result")):
+            if not is_own or hook not in hooks or hook.endswith(("_in", "_input", "_result")):
                 raise bad("site", cfg["site"], f"no {hook} here; give resid_post, mlp_out, z, ...")
             sources.append(Source(m, hook))
     return sources
@@ -87,6 +88,13 @@ def source_names(cfg: dict, n_layers: int) -> list[str]:
 
 class AllSeen(Exception):
     """Leaves a model whose sources have all been seen."""
+
+
+def send(tensor: Tensor, device: torch.device | str) -> Tensor:
+    """A CPU tensor on device; a GPU need not finish its work first, as from memory that is not pinned."""
+    if "cuda" in str(device):
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
 
 
 @torch.no_grad()
@@ -128,7 +136,8 @@ def get_stacked_resids(models: list, tokens: Tokens, cfg: dict) -> Resids:
 class LossOutput(NamedTuple):
     """Losses of a batch, on y. Training minimises l2_loss + coefficient * l1_loss + aux_loss."""
     l2_loss: Float[Tensor, ""]  # squared error, summed over sources and d_model, mean over the batch
-    l1_loss: Float[Tensor, ""]  # sum_i penalty_i acts_i sum_l ||W_dec_i^l|| [O24]; jumprelu: of tanh [J25]
+    l1_loss: Float[Tensor, ""]  # sum_i penalty_i acts_i sum_l ||W_dec_i^l|| [O24]; jumprelu: of tanh [J25];
+    # topk, batchtopk: without penalty_i and without a gradient, a metric alone
     aux_loss: Float[Tensor, ""]  # what keeps latents alive, times its coefficient
     l0_loss: Float[Tensor, ""]  # active latents, mean over the batch
     fvu: Float[Tensor, ""]  # squared error / squared distance from the batch's mean, all sources
@@ -138,8 +147,8 @@ class LossOutput(NamedTuple):
 class Product(torch.autograd.Function):
     """x @ W in the type of x and, where W has three axes, the norms of its last one. Plain autograd
     would make a gradient of W's size for each of the two and a third for their sum; here the norms'
-    is added to the product's in place. The transposed x is contiguous, which is faster on a CPU. Both
-    tricks together save a fifth of the step on 2 cores: tests/RESULTS.md, Speed."""
+    is added to the product's in place. W's gradient is fp32: on a GPU the product gives that itself,
+    on a CPU it is faster with a contiguous x. A fifth of the step on 2 cores: tests/RESULTS.md, Speed."""
 
     @staticmethod
     def forward(ctx, x: Float[Tensor, "batch n"], W: Float[Tensor, "n ..."]):
@@ -151,7 +160,10 @@ class Product(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: Float[Tensor, "batch m"], grad_norms: Float[Tensor, "n n_layers"]):
         x, W, norms, weights = ctx.saved_tensors
-        grad_W = (x.T.contiguous() @ grad).float().view_as(W)
+        if x.is_cuda:
+            grad_W = torch.mm(x.T, grad, out_dtype=torch.float32).view_as(W)
+        else:
+            grad_W = (x.T.contiguous() @ grad).float().view_as(W)
         if norms is not None:  # grad_norms is 0 where nothing used the norms
             scale = grad_norms / norms.clamp(min=1e-30)  # 0 where the norm is 0
             grad_W.addcmul_(W, scale[..., None])
@@ -159,11 +171,62 @@ class Product(torch.autograd.Function):
         return grad_x, grad_W
 
 
+def fused(function: Callable) -> Callable:
+    """function in as few passes over memory as torch.compile needs, where its tensors are on a GPU for
+    which there is a compiler. 7 of 24 ms a step of jumprelu on an H100: predicted, tests/RESULTS.md."""
+    compiled = None  # not yet, as torch.compile takes seconds to import
+
+    @wraps(function)
+    def call(*args):
+        nonlocal compiled
+        if not args[0].is_cuda:
+            return function(*args)
+        if compiled is None:
+            compiled = torch.compile(function)
+        try:
+            return compiled(*args)
+        except torch._dynamo.exc.TorchDynamoException as error:
+            tqdm.tqdm.write(f"{function.__name__} runs uncompiled ({error!r:.200})", file=sys.stderr)
+            compiled = function
+            return function(*args)
+
+    return call
+
+
+@fused
+def rectify(h: Acts) -> tuple[Acts, Int[Tensor, "d_sae"], Float[Tensor, "d_sae"]]:
+    """-> relu(h); rows in which each latent is active; the sum of its activations"""
+    acts = F.relu(h)
+    return acts, (acts > 0).sum(0, dtype=torch.int32), acts.sum(0, dtype=torch.float32)
+
+
+@fused
+def jump(h: Acts, log_threshold: Float[Tensor, "d_sae"]) -> tuple[Acts, Int[Tensor, "d_sae"]]:
+    """-> JumpReLU of h; rows in which each is active. As the jump has no gradient, the threshold is given
+    that of a ramp of height 1 and width 2 [J25]: it is added and, as a constant, subtracted."""
+    threshold = log_threshold.exp()
+    ramp = ((h.detach() - threshold) / 2).clamp(-0.5, 0.5)
+    acts = (h * (h > threshold) + (ramp - ramp.detach())).to(h.dtype)
+    return acts, (acts > 0).sum(0, dtype=torch.int32)
+
+
+@fused
+def get_jump_losses(h: Acts, acts: Acts, log_threshold: Acts, norms: Acts) -> tuple[Acts, Acts]:
+    """-> what jumprelu's active and inactive latents are penalised for, summed over rows [J25]"""
+    return torch.tanh(4 * acts * norms).sum(0), (F.relu(log_threshold.exp() - h) * norms).sum(0)
+
+
+@fused
+def compare(y_hat: Resids, b_dec: Resids, y: Resids) -> tuple[Resids, Tensor, Tensor]:
+    """-> the error of y_hat + b_dec; its squares, and those of y's distance from the mean, summed"""
+    error = y_hat + b_dec - y
+    return error, error.pow(2).sum(), (y - y.mean(0)).norm(dim=-1).pow(2).sum()
+
+
 class CrossCoder(nn.Module):
     """A sparse crosscoder. It takes raw activations and gives raw reconstructions, always. Its fp32
     weights are for the normalised space, where source l is divided by norm_factor[l]; its products
     are computed in cfg["enc_dtype"]."""
-    sparse_from = 64  # where d_sae is at least this many times k, decode_batch sums rows instead
 
     def __init__(self, cfg: dict, n_layers: int, d_model: int):
         super().__init__()
@@ -171,6 +234,7 @@ class CrossCoder(nn.Module):
         self.activation = cfg["activation"]
         self.dtype = DTYPES[cfg["enc_dtype"]]
         self.n_models = len(cfg["model_name"])
+        self.sparse_from = 512 if "cuda" in cfg["device"] else 64  # times k latents; 512: predicted
         d_sae = cfg["dict_size"]
 
         # All models begin with the same decoder vectors, the encoder as the decoder's transpose.
@@ -283,11 +347,11 @@ class CrossCoder(nn.Module):
         rows, d_sae = h.shape
         # unlike [B24]: no row keeps more than 8 k, so that the second topk below has less to sort
         most = min(d_sae, 8 * k) if self.activation == "batchtopk" else k
-        scores = F.relu(h) * self.get_decoder_norms()
+        scores = h * self.get_decoder_norms().to(h.dtype)
         scores, latents = scores.topk(most, sorted=False)  # [rows, most]
         row_starts = torch.arange(rows, device=h.device)[:, None] * d_sae
         places = (row_starts + latents).flatten()
-        scores = scores.flatten()
+        scores = F.relu(scores.flatten())
         if self.activation == "batchtopk":
             scores, chosen = scores.topk(k * rows, sorted=False)
             places = places[chosen].sort().values
@@ -296,14 +360,7 @@ class CrossCoder(nn.Module):
     def keep(self, h: Acts, places: Int[Tensor, "n"]) -> Acts:
         """h at these places of h.flatten(), where it is positive; else 0."""
         values = F.relu(h.flatten().gather(0, places))
-        return torch.zeros_like(h).flatten().scatter_(0, places, values).view_as(h)
-
-    def jump(self, h: Acts) -> Acts:
-        """JumpReLU, in fp32. As the jump has no gradient, the threshold is given that of a ramp of
-        height 1 and width 2 [J25]: the ramp is added and, as a constant, subtracted."""
-        threshold = self.log_threshold.exp()
-        ramp = ((h.detach() - threshold) / 2).clamp(-0.5, 0.5)
-        return h * (h > threshold) + (ramp - ramp.detach())
+        return h.new_zeros(h.numel()).scatter_(0, places, values).view_as(h)
 
     # ---- CrossCoder: training
     def get_losses(self, x: Resids, k: int = 0, dead: Int[Tensor, "n_dead"] | None = None) -> LossOutput:
@@ -312,51 +369,49 @@ class CrossCoder(nn.Module):
         y = self.normalise(x)
         h = self.get_pre_acts(y)
         batch = max(1, len(y))  # nothing is lost on no rows
-        places = None
+        aux_loss = y.new_zeros(())
         if self.activation == "relu":
-            acts = F.relu(h)
+            acts, fired, sums = rectify(h)
+            y_hat, norms = Product.apply(acts, self.W_dec)
+            l1_loss = (sums * norms.sum(1)) @ self.penalty / batch
         elif self.activation == "jumprelu":
-            acts = self.jump(h)
+            acts, fired = jump(h, self.log_threshold)
+            y_hat, norms = Product.apply(acts, self.W_dec)
+            active, inactive = get_jump_losses(h, acts, self.log_threshold, norms.sum(1))
+            l1_loss = active @ self.penalty / batch
+            aux_loss = 3e-6 * inactive.sum() / batch  # [J25]
         else:
-            places, _ = self.choose(h, k or self.cfg["k"])
-            acts = self.keep(h, places)
-        y_hat, norms = self.decode_batch(acts, places)
-        error = y_hat - y
-
-        l2_loss = error.pow(2).sum() / batch
-        variance = (y - y.mean(0)).norm(dim=-1).pow(2).sum() / batch
-        fired = (acts > 0).sum(0, dtype=torch.int32)
-        if self.activation == "jumprelu":  # its constants, 4 and 3e-6, are those of [J25]
-            l1_loss = (torch.tanh(4 * acts * norms) @ self.penalty).sum() / batch
-            aux_loss = 3e-6 * (F.relu(self.log_threshold.exp() - h) * norms).sum() / batch
-        else:
-            l1_loss = (acts.sum(0, dtype=torch.float32) * norms) @ self.penalty / batch
-            aux_loss = y.new_zeros(())
+            places, scores = self.choose(h, k or self.cfg["k"])
+            y_hat, fired = self.decode_chosen(h, places)
+            l1_loss = scores.sum(dtype=torch.float32) / batch
+        error, l2_loss, variance = compare(y_hat.view_as(y), self.b_dec, y)
         if dead is not None and len(dead):
             # Unlike that of [G24], l2_loss is not relative to the variance; so AuxK is not, either.
             left = self.get_aux_k(h[:, dead], self.W_dec[dead], error.detach())
-            aux_loss = aux_loss + self.cfg["aux_coeff"] * variance * left
+            aux_loss = aux_loss + self.cfg["aux_coeff"] * variance / batch * left
         fvu = l2_loss.detach() / variance
-        return LossOutput(l2_loss, l1_loss, aux_loss, fired.sum() / batch, fvu, fired)
+        return LossOutput(l2_loss / batch, l1_loss, aux_loss, fired.sum() / batch, fvu, fired)
 
-    def decode_batch(self, acts: Acts, places: Int[Tensor, "n"] | None) -> tuple[Resids, Tensor]:
-        """-> y_hat; sum_l ||W_dec_i^l||, [d_sae]. Where only these places of acts.flatten() are
-        active, and they are few, the rows of W_dec that they need are summed instead of a whole
-        product: 1.7 times as fast at 2^16 latents, tests/RESULTS.md, Speed."""
-        batch, d_sae = acts.shape
-        if places is not None and self.sparse_from * len(places) <= acts.numel():
-            # Places are in no order within a row, but those of one row come after those of the row
-            # before, which is all that this search needs.
-            row_starts = torch.arange(batch, device=places.device) * d_sae
-            offsets = torch.searchsorted(places, row_starts)
-            y_hat = F.embedding_bag(
-                places % d_sae, self.W_dec.flatten(1), offsets, mode="sum",
-                per_sample_weights=acts.flatten()[places].float())
-            norms = self.get_decoder_norms()
-        else:
-            y_hat, norms = Product.apply(acts.to(self.dtype), self.W_dec)
-            norms = norms.sum(-1)
-        return y_hat.unflatten(1, self.b_dec.shape) + self.b_dec, norms
+    def decode_chosen(self, h: Acts, places: Int[Tensor, "n"]) -> tuple[Tensor, Int[Tensor, "d_sae"]]:
+        """-> y_hat without b_dec, of the latents at these places of h.flatten(); rows in which each is
+        active. Where they are few, the rows of W_dec that they need are summed instead of a whole
+        product: 1.7 times as fast at 2^16 latents on 2 cores, tests/RESULTS.md, Speed."""
+        batch, d_sae = h.shape
+        W_dec = self.W_dec.flatten(1)
+        latents = places % d_sae
+        values = F.relu(h.flatten().gather(0, places))
+        fired = torch.zeros_like(self.b_enc, dtype=torch.int32)
+        fired.index_add_(0, latents, (values > 0).int())
+        if self.sparse_from * len(places) > h.numel():
+            y_hat, _ = Product.apply(self.keep(h, places), W_dec)
+            return y_hat, fired
+        # Places are in no order within a row, but those of one row come after those of the row
+        # before, which is all that this search needs.
+        offsets = torch.searchsorted(places, torch.arange(batch, device=h.device) * d_sae)
+        if h.is_cuda:
+            W_dec = W_dec.to(self.dtype)  # half the bytes to read
+        values = values.to(W_dec.dtype)
+        return F.embedding_bag(latents, W_dec, offsets, mode="sum", per_sample_weights=values), fired
 
     def get_aux_k(
         self, h: Float[Tensor, "batch n_dead"], W_dec: Float[Tensor, "n_dead n_layers d_model"], error: Resids
@@ -367,7 +422,7 @@ class CrossCoder(nn.Module):
         scores = h.detach() * W_dec.detach().norm(dim=-1).sum(-1)
         lowest = scores.topk(k, sorted=False).values.amin(1, keepdim=True)
         # unlike [G24]: not rectified, as a latent that is nowhere positive would get no gradient
-        error_hat, _ = Product.apply(h * (scores >= lowest), W_dec)
+        error_hat, _ = Product.apply(h * (scores >= lowest), W_dec.flatten(1))
         left = (error_hat.view_as(error) + error).pow(2).sum()  # a plus, as the error is y_hat - y
         variance = (error - error.mean(0)).pow(2).sum()
         return left / variance.clamp(min=1e-30)
@@ -411,7 +466,7 @@ class CrossCoder(nn.Module):
             for rows in x.split(self.cfg["batch_size"]):
                 h = self.get_pre_acts(self.normalise(rows))
                 _, scores = self.choose(h, self.cfg["k"])
-                lowest.append(scores.min())
+                lowest.append(scores.min().float())
             self.threshold.copy_(torch.stack(lowest).mean())
 
     # ---- CrossCoder: files
@@ -507,6 +562,9 @@ class Buffer:
         rows_per_pass = self.cfg["model_batch_size"] * self.rows_per_seq
         first_end = self.next_row - self.next_row % self.rows_per_seq + rows_per_pass
         bounds = [self.next_row, *range(first_end, end, rows_per_pass), end]
+        # Drawn while a GPU is still at the last steps, and from a copy, in case harvest fails.
+        generator = self.generator.clone_state()
+        order = send(torch.randperm(self.size, generator=generator), self.buffer.device)
         served = self.order[: self.pointer]
         row_numbers = self.row_numbers.clone()
         row_numbers[served] = torch.arange(self.next_row, end, device=served.device)
@@ -514,7 +572,8 @@ class Buffer:
 
         self.row_numbers = row_numbers
         self.bounds = self.bounds + bounds[1:]
-        self.order = torch.randperm(self.size, generator=self.generator).to(served.device)
+        self.order = order
+        self.generator = generator
         self.next_row = end
         self.pointer = 0
 
@@ -524,8 +583,10 @@ class Buffer:
         its rows into their slots; others stay. A row comes out the same to the last bit only beside
         the same sequences, so a resumed run has to repeat the passes as they were."""
         numbers, slots = row_numbers.sort()
-        splits = torch.searchsorted(numbers, numbers.new_tensor(bounds)).tolist()
+        splits = torch.searchsorted(numbers, send(torch.tensor(bounds), numbers.device)).tolist()
         assert splits[-1] == self.size
+        numbers = numbers.to(self.cfg["device"])
+        finite = []  # read once, as to read one is to wait for the device
         passes = list(zip(bounds, bounds[1:], splits, splits[1:]))
         bar = tqdm.tqdm(passes, desc="filling the buffer", leave=False, disable=bounds[0] > 0)
         for start, end, low, high in bar:
@@ -533,17 +594,19 @@ class Buffer:
                 continue
             first_seq = start // self.rows_per_seq
             seqs = torch.arange(first_seq, math.ceil(end / self.rows_per_seq))
-            tokens = self.all_tokens[seqs % len(self.all_tokens)]
+            tokens = send(self.all_tokens[seqs % len(self.all_tokens)], self.cfg["device"])
             resids = get_stacked_resids(self.models, tokens, self.cfg)
             row_seqs = numbers[low:high] // self.rows_per_seq
-            positions = numbers[low:high] % self.rows_per_seq + 1
-            x = resids[row_seqs - first_seq, positions]
-            finite = x.sum((1, 2)).isfinite().cpu()
-            if not finite.all():
-                broken = row_seqs[~finite] % len(self.all_tokens)
-                raise FloatingPointError(f"activations of sequences {broken.unique().tolist()} not finite")
+            x = resids[row_seqs - first_seq, numbers[low:high] % self.rows_per_seq + 1]
+            finite.append(x.sum((1, 2)).isfinite())
+            if self.pinned:
+                x = torch.empty(x.shape, dtype=x.dtype, pin_memory=True).copy_(x)
             self.buffer[slots[low:high]] = x.to(self.buffer.device)
             del resids, x  # before the next are made
+        finite = torch.cat(finite)
+        if not finite.all():
+            broken = numbers[splits[0] :][~finite] // self.rows_per_seq % len(self.all_tokens)
+            raise FloatingPointError(f"activations of sequences {broken.unique().tolist()} not finite")
 
     def next(self) -> Resids:
         """The next batch of raw activations, on cfg["device"], in the models' type."""
