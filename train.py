@@ -709,9 +709,10 @@ def check_memory(cfg: dict, n_layers: int, d_model: int, d_vocab: int) -> dict[s
     itemsize = DTYPES[cfg["enc_dtype"]].itemsize
     parameters = cfg["dict_size"] * (2 * width + 1) + width
     bytes_a_latent = 20
-    if cfg["activation"] == "jumprelu":  # which has thresholds, and activations in fp32
+    if cfg["activation"] == "jumprelu":  # which has thresholds
         parameters += cfg["dict_size"]
-        bytes_a_latent = 30
+        if cfg["device"] == "cpu":  # and, where nothing is compiled, more to keep for its gradient
+            bytes_a_latent = 30
     step = cfg["batch_size"] * (20 * width + bytes_a_latent * cfg["dict_size"])
     harvest = cfg["model_batch_size"] * seq_len * itemsize * (width + max(width, 13 * d_model))
     seqs = min(cfg["model_batch_size"], cfg["eval_seqs"])

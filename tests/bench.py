@@ -11,6 +11,7 @@ shuffled by indexing it. The limit is six matrix products at the bf16 rate of a 
 parameter of Adam at the copy bandwidth, measured here; for harvesting, the model body's products without the unembedding.
 """
 import argparse
+import gc
 import itertools
 import json
 import math
@@ -34,6 +35,14 @@ from utils import CrossCoder, Trainer, get_stacked_resids
 
 
 TINY = Path(__file__).parent / "tiny"
+
+
+def save_gpt2(folder: str, small: bool = False) -> None:
+    """A model folder: GPT-2 Small's shape, or that of a smaller one, and random weights."""
+    torch.manual_seed(0)
+    shape = {"n_layer": 4, "n_embd": 64, "n_head": 4} if small else {}
+    GPT2LMHeadModel(GPT2Config(**shape)).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(TINY / "base").save_pretrained(folder)
 
 
 class Reference:
@@ -114,9 +123,8 @@ def peak_memory(part) -> float:
     return max(itertools.accumulate(event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())))
 
 
-def machine_limits(device: str) -> tuple[float, float]:
-    """-> bf16 matrix products in FLOP/s, copy bandwidth in bytes/s (read and written)"""
-    n = 8192 if device.startswith("cuda") else 4096
+def machine_limits(device: str, n: int) -> tuple[float, float]:
+    """-> bf16 products of matrices of n x n in FLOP/s, copy bandwidth in bytes/s (read and written)"""
     a, b = (torch.randn(n, n, device=device).bfloat16() for _ in range(2))
     big, other = (torch.ones(2**27, device=device) for _ in range(2))
     product, copy = timed(lambda: a @ b, lambda: big.copy_(other), rounds=7)
@@ -239,12 +247,10 @@ def main() -> None:
         else:
             bench_activations(device, sizes, (12, 768), batch=4096, k=64, rounds=args.rounds)
         return
-    flops, bandwidth = machine_limits(device)
+    flops, bandwidth = machine_limits(device, 4096 if cpu else 8192)
     rows = []
     with tempfile.TemporaryDirectory() as folder:
-        torch.manual_seed(0)
-        GPT2LMHeadModel(GPT2Config()).save_pretrained(folder)
-        AutoTokenizer.from_pretrained(TINY / "base").save_pretrained(folder)
+        save_gpt2(folder)
         if cpu:
             sizes = [(4096, 128), (4096, 1024)]
             batch_size = 512
@@ -258,6 +264,9 @@ def main() -> None:
                 model_name=folder, device=device, enc_dtype="bf16", dict_size=dict_size, seq_len=seq_len, batch_size=batch_size,
                 buffer_mult=64, num_tokens=10**9, eval_seqs=1, model_batch_size=tokens_per_pass // seq_len)
             rows += bench(cfg, folder, flops, bandwidth, args.rounds)
+            gc.collect()  # one size is gone before the next is there
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
     if args.json:
         print(json.dumps({"bf16_flops": flops, "copy_bytes_per_s": bandwidth, "rows": rows}, indent=1))
         return

@@ -1,8 +1,13 @@
 import json
+import math
+import sys
+from pathlib import Path
 
 import pytest
+import torch
 
 import bench
+import gpu
 from conftest import TINY
 from train import make_cfg
 from utils import Trainer, get_stacked_resids
@@ -38,3 +43,18 @@ def test_bench_measures_every_activation(capsys):
     bench.bench_activations("cpu", [128, 256], (2, 16), 32, 2, rounds=1)
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines[2:]] == ["128", "256"] and all(len(line.split()) == 6 for line in lines[2:])
+
+
+def test_what_is_for_a_gpu_says_so_where_there_is_none_and_its_parts_run_here(monkeypatch, capsys):
+    if not torch.cuda.is_available():
+        monkeypatch.setattr(sys, "argv", ["gpu.py"])
+        assert gpu.main() == 0
+        assert capsys.readouterr().out == "skipped: no GPU here; --rehearse runs every part small, on the CPU\n"
+    monkeypatch.setattr(sys, "argv", ["gpu.py", "--rehearse", "correctness", "harvest", "switch"])
+    assert gpu.main() == 0
+    assert len(json.loads(Path("gpu_results/correctness.json").read_text())) == 24
+    assert all(row["sparse_ms"] > 0 for row in json.loads(Path("gpu_results/switch.json").read_text()))
+    for value in (1.1, math.nan):
+        part = gpu.Part("correctness", Path("gpu_results"))
+        part.at_most(1.0, decode="dense", error=value)
+        assert part.wrong == [f"dense: error {value:.3g}, not at most 1"]
