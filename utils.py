@@ -136,8 +136,9 @@ def get_stacked_resids(models: list, tokens: Tokens, cfg: dict) -> Resids:
 class LossOutput(NamedTuple):
     """Losses of a batch, on y. Training minimises l2_loss + coefficient * l1_loss + aux_loss."""
     l2_loss: Float[Tensor, ""]  # squared error, summed over sources and d_model, mean over the batch
-    l1_loss: Float[Tensor, ""]  # sum_i penalty_i acts_i sum_l ||W_dec_i^l|| [O24]; jumprelu: of tanh [J25];
-    # topk, batchtopk: without penalty_i and without a gradient, a metric alone
+    # relu: sum_i penalty_i acts_i sum_l ||W_dec_i^l|| [O24], mean over the batch; jumprelu: tanh of 4
+    # times each product [J25]; topk, batchtopk: as relu, but a metric alone: no penalty_i, no gradient
+    l1_loss: Float[Tensor, ""]
     aux_loss: Float[Tensor, ""]  # what keeps latents alive, times its coefficient
     l0_loss: Float[Tensor, ""]  # active latents, mean over the batch
     fvu: Float[Tensor, ""]  # squared error / squared distance from the batch's mean, all sources
@@ -146,9 +147,9 @@ class LossOutput(NamedTuple):
 
 class Product(torch.autograd.Function):
     """x @ W in the type of x and, where W has three axes, the norms of its last one. Plain autograd
-    would make a gradient of W's size for each of the two and a third for their sum; here the norms'
-    is added to the product's in place. W's gradient is fp32: on a GPU the product gives that itself,
-    on a CPU it is faster with a contiguous x. A fifth of the step on 2 cores: tests/RESULTS.md, Speed."""
+    would make three gradients of W's size, one through each and their sum; here the norms' is added
+    to the product's in place. W's gradient is fp32: a GPU's product gives that itself, a CPU's is
+    faster with a contiguous x. Together they save a fifth of the step on 2 cores: tests/RESULTS.md."""
 
     @staticmethod
     def forward(ctx, x: Float[Tensor, "batch n"], W: Float[Tensor, "n ..."]):
@@ -165,15 +166,16 @@ class Product(torch.autograd.Function):
         else:
             grad_W = (x.T.contiguous() @ grad).float().view_as(W)
         if norms is not None:  # grad_norms is 0 where nothing used the norms
-            scale = grad_norms / norms.clamp(min=1e-30)  # 0 where the norm is 0
-            grad_W.addcmul_(W, scale[..., None])
+            scale = grad_norms / norms.clamp(min=1e-30)
+            grad_W.addcmul_(W, scale[..., None])  # adds 0 where the norm is 0
         grad_x = None if weights is None else grad @ weights.T
         return grad_x, grad_W
 
 
 def fused(function: Callable) -> Callable:
-    """function in as few passes over memory as torch.compile needs, where its tensors are on a GPU for
-    which there is a compiler. 7 of 24 ms a step of jumprelu on an H100: predicted, tests/RESULTS.md."""
+    """function, compiled where its tensors are on a GPU, so that it seldom reads and writes memory. If
+    that fails, it says so and stays as it is. This is to save 6 of 24 ms a step of jumprelu on an H100:
+    predicted, tests/RESULTS.md, CUDA."""
     compiled = None  # not yet, as torch.compile takes seconds to import
 
     @wraps(function)
@@ -203,7 +205,8 @@ def rectify(h: Acts) -> tuple[Acts, Int[Tensor, "d_sae"], Float[Tensor, "d_sae"]
 @fused
 def jump(h: Acts, log_threshold: Float[Tensor, "d_sae"]) -> tuple[Acts, Int[Tensor, "d_sae"]]:
     """-> JumpReLU of h; rows in which each is active. As the jump has no gradient, the threshold is given
-    that of a ramp of height 1 and width 2 [J25]: it is added and, as a constant, subtracted."""
+    that of a ramp which falls from 1 to 0 while it passes from h - 1 to h + 1 [J25]: the ramp is added
+    and, as a constant, subtracted."""
     threshold = log_threshold.exp()
     ramp = ((h.detach() - threshold) / 2).clamp(-0.5, 0.5)
     acts = (h * (h > threshold) + (ramp - ramp.detach())).to(h.dtype)
@@ -234,7 +237,8 @@ class CrossCoder(nn.Module):
         self.activation = cfg["activation"]
         self.dtype = DTYPES[cfg["enc_dtype"]]
         self.n_models = len(cfg["model_name"])
-        self.sparse_from = 512 if "cuda" in cfg["device"] else 64  # times k latents; 512: predicted
+        # decode_chosen is sparse where d_sae is at least this many times k; on a GPU as predicted.
+        self.sparse_from = 512 if "cuda" in cfg["device"] else 64
         d_sae = cfg["dict_size"]
 
         # All models begin with the same decoder vectors, the encoder as the decoder's transpose.
@@ -291,11 +295,12 @@ class CrossCoder(nn.Module):
 
     # ---- CrossCoder: the forward pass
     def normalise(self, x: Resids) -> Resids:
-        """x -> y, in fp32. ValueError for another shape, which would be broadcast, or whole numbers."""
+        """x -> y, in fp32 (in float64, of float64). ValueError for another shape, which would be
+        broadcast, or whole numbers."""
         if x.shape[-2:] != self.b_dec.shape or not x.is_floating_point():
             wanted = f"floating-point [..., {', '.join(map(str, self.b_dec.shape))}]"
             raise ValueError(f"x: {x.dtype} {list(x.shape)}, not {wanted}")
-        return x.float() / self.norm_factor[:, None]
+        return x / self.norm_factor[:, None]
 
     def get_pre_acts(self, y: Resids) -> Acts:
         """h = y . W_enc + b_enc, summed over n_layers and d_model, in the compute type."""
@@ -364,8 +369,8 @@ class CrossCoder(nn.Module):
 
     # ---- CrossCoder: training
     def get_losses(self, x: Resids, k: int = 0, dead: Int[Tensor, "n_dead"] | None = None) -> LossOutput:
-        """The losses on a batch of raw activations [O24]; changes nothing. k: how many latents a
-        row topk and batchtopk keep, if not cfg["k"]. dead: latents that AuxK is to revive."""
+        """The losses on raw activations [batch, n_layers, d_model] [O24]; changes nothing. k: how many
+        latents a row topk and batchtopk keep, if not cfg["k"]. dead: latents that AuxK is to revive."""
         y = self.normalise(x)
         h = self.get_pre_acts(y)
         batch = max(1, len(y))  # nothing is lost on no rows
@@ -409,7 +414,7 @@ class CrossCoder(nn.Module):
         # before, which is all that this search needs.
         offsets = torch.searchsorted(places, torch.arange(batch, device=h.device) * d_sae)
         if h.is_cuda:
-            W_dec = W_dec.to(self.dtype)  # half the bytes to read
+            W_dec = W_dec.to(self.dtype)  # half the bytes to read; its gradient is rounded, too
         values = values.to(W_dec.dtype)
         return F.embedding_bag(latents, W_dec, offsets, mode="sum", per_sample_weights=values), fired
 
@@ -543,7 +548,7 @@ class Buffer:
         device = cfg["buffer_device"]
         resids = get_stacked_resids(models, all_tokens[:1, :2], cfg)  # [1, 2, n_layers, d_model]
         self.buffer = resids.new_empty(self.size, *resids.shape[2:], device=device)
-        self.pinned = "cuda" in cfg["device"] and not self.buffer.is_cuda  # so that copies overlap
+        self.pinned = "cuda" in cfg["device"] and not self.buffer.is_cuda  # for faster copies
         self.generator = torch.Generator().manual_seed(cfg["seed"])
         self.order = torch.arange(self.size, device=device)  # the slots, in the order of serving
         self.row_numbers = torch.zeros_like(self.order)  # of the row in each slot
@@ -584,7 +589,6 @@ class Buffer:
         the same sequences, so a resumed run has to repeat the passes as they were."""
         numbers, slots = row_numbers.sort()
         splits = torch.searchsorted(numbers, send(torch.tensor(bounds), numbers.device)).tolist()
-        assert splits[-1] == self.size
         numbers = numbers.to(self.cfg["device"])
         finite = []  # read once, as to read one is to wait for the device
         passes = list(zip(bounds, bounds[1:], splits, splits[1:]))

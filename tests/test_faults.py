@@ -23,6 +23,7 @@ import tempfile
 import threading
 import time
 from collections import Counter
+from copy import deepcopy
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -574,8 +575,11 @@ def test_activations_that_are_not_finite_are_caught_with_their_sequences(cfg, to
     for epoch in (0, 3):
         buffer = Buffer(cfg, models, tokens[:60])
         buffer.next_row = epoch * buffer.rows_per_epoch
+        before = deepcopy(buffer.state_dict())
         with pytest.raises(FloatingPointError, match=re.escape(f"sequences {broken}")):
             buffer.refresh()
+        for key, value in buffer.state_dict().items():  # the next shuffle's generator included
+            assert torch.equal(value, before[key]) if key in ("order", "row_numbers", "generator") else value == before[key]
 
 
 # ---- Files from strangers ------------------------------------------------------------------------
