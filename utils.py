@@ -161,10 +161,10 @@ class Product(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: Float[Tensor, "batch m"], grad_norms: Float[Tensor, "n n_layers"]):
         x, W, norms, weights = ctx.saved_tensors
-        if x.is_cuda:
+        if x.is_cuda and x.dtype == torch.bfloat16:
             grad_W = torch.mm(x.T, grad, out_dtype=torch.float32).view_as(W)
         else:
-            grad_W = (x.T.contiguous() @ grad).float().view_as(W)
+            grad_W = (x.T.contiguous() @ grad).to(W.dtype).view_as(W)
         if norms is not None:  # grad_norms is 0 where nothing used the norms
             scale = grad_norms / norms.clamp(min=1e-30)
             grad_W.addcmul_(W, scale[..., None])  # adds 0 where the norm is 0
