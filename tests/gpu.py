@@ -71,9 +71,10 @@ def config(size: dict, **overrides) -> dict:
     return make_cfg(**overrides)
 
 
-def get_text(size: dict, seq_len: int) -> torch.Tensor:
+def get_text(seq_len: int) -> torch.Tensor:
     """The tiny preset's text as sequences of seq_len."""
-    ids = load_tokens(make_cfg(preset="tiny", device="cpu"), load_models(make_cfg(preset="tiny", device="cpu"))).flatten()
+    cfg = make_cfg(preset="tiny", device="cpu")
+    ids = load_tokens(cfg, load_models(cfg)).flatten()
     return ids[: len(ids) // seq_len * seq_len].view(-1, seq_len)
 
 
@@ -143,11 +144,13 @@ def compiled(part: Part, size: dict) -> None:
                 results.append([*outs, *grads])
             errors = [((a - b).float().norm() / b.float().norm()).item() for a, b in zip(*results)]
             part.at_most(limit, function=function.__name__, dtype=str(dtype)[6:], error=max(errors))
+    if size["device"] != "cpu":  # where nothing is compiled, so that each was compared with itself
+        part.at_most(0, uncompiled=4 - torch._dynamo.utils.counters["stats"]["unique_graphs"])
 
 
 def harvest(part: Part, size: dict) -> None:
     """A pass of the models in bf16 against fp32 on the CPU; and that its attention is the fused one."""
-    tokens = get_text(size, size["seq_len"])[:2]
+    tokens = get_text(size["seq_len"])[:2]
     on_cpu = config(size, device="cpu", enc_dtype="fp32")
     wanted = get_stacked_resids(load_models(on_cpu), tokens, on_cpu)
     cfg = config(size)
@@ -162,13 +165,13 @@ def harvest(part: Part, size: dict) -> None:
     finally:
         torch.nn.functional.scaled_dot_product_attention = plain
     part.at_most(2e-2, error=((got.cpu().float() - wanted).norm() / wanted.norm()).item())
-    part.at_most(0, fused_attentions=len(calls), missing=len(wanted[0, 0]) - len(calls))
+    part.at_most(0, fused_attentions=len(calls), missing=abs(len(wanted[0, 0]) - len(calls)))
 
 
 def waits(part: Part, size: dict) -> None:
     """20 steps of each activation, away from refresh, log and AuxK's look at what is dead, in which the host may not wait."""
     models = load_models(config(size))
-    tokens = get_text(size, size["seq_len"])
+    tokens = get_text(size["seq_len"])
     for activation in ALL:
         for buffer_device in dict.fromkeys([size["device"], "cpu"]):
             cfg = config(size, activation=activation, buffer_mult=64, batch_size=256, buffer_device=buffer_device)
@@ -190,14 +193,14 @@ def waits(part: Part, size: dict) -> None:
 
 
 def speed(part: Part, size: dict) -> None:
-    """Step, harvest, refill and both together against the plain fp32 reference and the card's own limits; and the memory
-    of each against what the header says."""
+    """Step, harvest, refill and both together against the plain fp32 reference and the card's own limits; and a step's
+    memory against what the header says."""
     flops, bandwidth = machine_limits(size["device"], size["product"])
     part.row(bf16_tflops=flops / 1e12, copy_gb_per_s=bandwidth / 1e9)
     base = config(size)
     models = load_models(base)
     (plain,) = load_models(config(size, enc_dtype="fp32"))
-    tokens = get_text(size, size["seq_len"])
+    tokens = get_text(size["seq_len"])
     width = models[0].cfg.n_layers * models[0].cfg.d_model
     for dict_size in size["dicts"]:
         for activation in ALL:
@@ -274,7 +277,7 @@ def kill(part: Part, size: dict) -> None:
     while not list(save_dir.glob("version_0/step_*")) and run.poll() is None:
         time.sleep(0.1)
     run.send_signal(signal.SIGKILL)
-    part.at_most(-9, exit_code=run.wait())
+    part.at_most(0, exit_code_off_minus_9=abs(run.wait() + 9))
     again = subprocess.run([*command, "--resume=latest", f"--save_dir={save_dir}"], capture_output=True, text=True)
     fvu = [line.split()[1] for line in again.stdout.splitlines() if line.startswith("all ")]
     part.at_most(0.07 if size["tiny_tokens"] >= 10**6 else 0.3, resumed_fvu=float([*fvu, "nan"][0]))
@@ -282,14 +285,15 @@ def kill(part: Part, size: dict) -> None:
     without = subprocess.run(
         [*command, *tiny, f"--save_dir={save_dir}"],
         env=os.environ | caches | {"CC": "/bin/false", "CXX": "/bin/false"}, capture_output=True, text=True)
-    part.row(uncompiled_functions=without.stderr.count("runs uncompiled"))
+    wanted = 2 * (size["device"] != "cpu")  # relu's: rectify and compare
+    part.at_most(0, lines_missing=wanted - without.stderr.count("runs uncompiled"))
     part.at_most(0, exit_code_without_a_compiler=without.returncode)
 
 
 def run(part: Part, size: dict) -> None:
     """A run of GPT-2 Small's shape (random weights), 12 sources, for two minutes: tokens a second, refills included."""
     cfg = config(size, buffer_mult=size["run_buffer_mult"], eval_seqs=8)
-    trainer = Trainer(cfg, load_models(cfg), get_text(size, size["seq_len"]))
+    trainer = Trainer(cfg, load_models(cfg), get_text(size["seq_len"]))
     trainer.step()
     start = time.time()
     first = trainer.step_counter
