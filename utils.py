@@ -645,13 +645,7 @@ class Buffer:
             if isinstance(value, Tensor):
                 value = value.to(self.buffer.device)
             setattr(self, name, value)
-        slots = torch.arange(self.size, device=self.order.device)
-        waiting = self.size - self.pointer
-        is_whole = (
-            torch.equal(self.order.sort().values, slots) and self.row_numbers.shape == slots.shape
-            and self.row_numbers.min() >= 0 and self.row_numbers.max() < self.next_row
-            and 0 <= waiting <= self.size and self.next_row == self.rows_served + waiting == self.bounds[-1])
-        if not is_whole:
+        if len(self.order) != self.size or self.next_row - self.rows_served != self.size - self.pointer:
             raise bad("resume", self.cfg["resume"], "its buffer's state is not one of this run")
         if self.hash_text() != state["text"]:
             raise bad("tokens", self.cfg["tokens"] or self.cfg["dataset"], "not the text of the run so far")
