@@ -2,6 +2,7 @@
 
   python train.py --preset=tiny      on a small model that comes with the code: a minute on a laptop
   python train.py --l1_coeff=2       on GPT-2 Small, all 12 layers: for a CUDA box
+  torchrun --nproc_per_node=8 train.py --l1_coeff=2      the same on eight GPUs
 """
 import copy
 import ctypes
@@ -20,6 +21,7 @@ import subprocess
 import sys
 import time
 import zlib
+from datetime import timedelta
 from functools import partial
 from importlib.metadata import distributions
 from pathlib import Path
@@ -44,6 +46,7 @@ KEYS = {  # key: (default, comment); default_cfg and --help are made of this
     "center": (False, "remove the mean over d_model as [N24] did; for models with LayerNorm only"),
     "norm": ([], "what each source is divided by, as 1.8,2.1; none: estimated on the first buffer"),
     "fingerprint": ([], "of the models' weights; load_models fills it in, and refuses others"),
+    "model_device": ("auto", "where the models are; auto is the device, balanced spreads them over all GPUs"),
     "model_batch_size": (32, "sequences in one forward pass of the models"),
     "tokens": ([], ".npy or .pt file of token ids [n_seqs, seq_len], used instead of dataset"),
     "dataset": (["Skylion007/openwebtext@refs/convert/parquet"],
@@ -117,16 +120,18 @@ import huggingface_hub
 import numpy as np
 import psutil
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 import tqdm
 from huggingface_hub.constants import HF_HOME
+from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 from transformer_lens.model_bridge import TransformerBridge
 from transformer_lens.model_bridge.generalized_components import AttentionBridge, NormalizationBridge
 from transformers.activations import NewGELUActivation
 
 from utils import (
-    DTYPES, RUN_FILES, Tokens, Trainer, atomically, bad, find_checkpoint, get_sources, get_stacked_resids,
-    list_checkpoints, source_names)
+    DTYPES, RUN_FILES, Tokens, Trainer, atomically, bad, find_checkpoint, get_ranks, get_sources,
+    get_stacked_resids, list_checkpoints, source_names)
 
 # ---- Config --------------------------------------------------------------------------------------
 RECIPES = {  # what else differs with the activation [J25], [M25]
@@ -181,7 +186,7 @@ USED_BY = {
 }
 MAY_CHANGE = [  # on resume; the text is known by its hash, and the models by their fingerprint
     "model_name", "resume", "keep", "save_dir", "save_every", "log_every", "eval_every", "wandb_mode",
-    "device", "buffer_device", "model_batch_size", "tokens", "dataset", "num_tokens"]
+    "device", "buffer_device", "model_device", "model_batch_size", "tokens", "dataset", "num_tokens"]
 
 
 def make_cfg(**overrides) -> dict:
@@ -205,6 +210,9 @@ def make_cfg(**overrides) -> dict:
         except Exception as error:
             raise bad("resume", str(folder), f"not a run of this version ({error!r:.200})") from None
         base |= {key: convert(key, value) for key, value in saved.items() if key in KEYS}
+        if get_ranks()[1] > 1:  # the file has the first rank's
+            base |= {"device": "auto", "buffer_device": base["buffer_device"].split(":")[0]}
+            base["model_device"] = "auto"
     if "dataset" in overrides:
         base["tokens"] = []  # the preset's or the run's, which would come before it
     cfg = base | overrides
@@ -328,9 +336,12 @@ def fill_in(cfg: dict) -> None:
     best = "cuda" if torch.cuda.is_available() else "cpu"
     if cfg["device"] == "auto":
         cfg["device"] = best
-    if cfg["buffer_device"] == "auto":
-        cfg["buffer_device"] = cfg["device"]
-    for key in ("device", "buffer_device"):
+    for key in ("buffer_device", "model_device"):
+        if cfg[key] == "auto":
+            cfg[key] = cfg["device"]
+    for key in ("device", "buffer_device", "model_device"):
+        if cfg[key] == "balanced" and key == "model_device":
+            continue
         try:
             if not cfg[key].startswith(("cuda", "cpu")):
                 raise RuntimeError  # no other is tested
@@ -351,6 +362,12 @@ def fill_in(cfg: dict) -> None:
 def check(cfg: dict) -> None:
     """ValueError for values that do not go together."""
     d_sae = cfg["dict_size"]
+    n_ranks = get_ranks()[1]
+    for key in ("dict_size", "batch_size"):
+        if cfg[key] % n_ranks:
+            raise bad(key, cfg[key], f"not divisible by the {n_ranks} ranks")
+    if n_ranks > 1 and cfg["device"] not in ("cpu", f"cuda:{os.environ['LOCAL_RANK']}"):
+        raise bad("device", cfg["device"], "each rank has its own; give auto")
     if "topk" in cfg["activation"] and cfg["k"] > d_sae:
         raise bad("k", cfg["k"], f"more than dict_size={d_sae}")
     if len(set(cfg["layers"])) < len(cfg["layers"]):
@@ -391,6 +408,9 @@ def explain(error: BaseException | None) -> str:
     return otherwise
 
 
+PATIENCE = timedelta(minutes=15)  # of a rank that waits for the others
+
+
 def get_shape(models: list, cfg: dict) -> tuple[int, int]:
     """-> n_layers, d_model of the models' stacked activations"""
     return tuple(get_stacked_resids(models, torch.zeros(1, 2), cfg).shape[2:])
@@ -402,9 +422,12 @@ def load_models(cfg: dict) -> list[TransformerBridge]:
     context, does not go with the first, or has other weights than when the fingerprint was taken."""
     opened = {}
     for name in dict.fromkeys(cfg["model_name"]):
+        place = {"device": cfg["model_device"]}
+        if cfg["model_device"] == "balanced":
+            place = {"device_map": "balanced"}
         try:
             opened[name] = TransformerBridge.boot_transformers(
-                locate(name), device=cfg["device"], dtype=DTYPES[cfg["enc_dtype"]])
+                locate(name), dtype=DTYPES[cfg["enc_dtype"]], **place)
         except Exception as error:
             raise bad("model_name", name, f"cannot be opened: {explain(error)}") from None
         opened[name].original_model.config.use_cache = False  # which nobody would read
@@ -707,19 +730,21 @@ def check_memory(cfg: dict, n_layers: int, d_model: int, d_vocab: int) -> dict[s
     width = n_layers * d_model
     seq_len = cfg["seq_len"]
     itemsize = DTYPES[cfg["enc_dtype"]].itemsize
-    parameters = cfg["dict_size"] * (2 * width + 1) + width
+    n_ranks = get_ranks()[1]
+    d_sae = cfg["dict_size"] // n_ranks  # of a rank, as is all that follows
+    parameters = d_sae * (2 * width + 1) + width
     bytes_a_latent = 20
     if cfg["activation"] == "jumprelu":  # which has thresholds
-        parameters += cfg["dict_size"]
+        parameters += d_sae
         if cfg["device"] == "cpu":  # and, where nothing is compiled, more to keep for its gradient
             bytes_a_latent = 30
-    step = cfg["batch_size"] * (20 * width + bytes_a_latent * cfg["dict_size"])
+    step = cfg["batch_size"] * (20 * width + bytes_a_latent * d_sae)
     harvest = cfg["model_batch_size"] * seq_len * itemsize * (width + max(width, 13 * d_model))
     seqs = min(cfg["model_batch_size"], cfg["eval_seqs"])
     evaluation = seqs * seq_len * itemsize * (3 * width + d_vocab) + 8 * seq_len * d_vocab  # logits
     memory = {
         "weights": 16 * parameters,
-        "buffer": cfg["batch_size"] * cfg["buffer_mult"] * (width * itemsize + 16),
+        "buffer": cfg["batch_size"] // n_ranks * cfg["buffer_mult"] * (width * itemsize + 16),
         "at work": max(step, harvest, evaluation)}
     keys = {"weights": "dict_size", "buffer": "buffer_mult", "at work": "batch_size or model_batch_size"}
     places = dict.fromkeys(keys, cfg["device"]) | {"buffer": cfg["buffer_device"]}
@@ -739,7 +764,7 @@ def free_memory(device: str) -> int:
     if "cuda" in device:
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + unused
-    return psutil.virtual_memory().available
+    return psutil.virtual_memory().available // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 
 def peak_memory(device: str) -> int:
@@ -769,6 +794,8 @@ def header(cfg: dict, models: list) -> str:
         f"dictionary  {cfg['dict_size']:,} latents, {cfg['activation']}, compute in {cfg['enc_dtype']}",
         f"training    {cfg['num_tokens']:,} tokens in {cfg['num_tokens'] // cfg['batch_size']:,} steps",
         f"memory      {', '.join(sizes)}; {free_memory(cfg['device']) / 1e9:.2f} GB free on {cfg['device']}"]
+    if get_ranks()[1] > 1:
+        lines[-1] += f", for each of {get_ranks()[1]} ranks"
     if cfg["resume"]:
         lines.insert(0, f"resuming    {cfg['resume']}")
     return "\n".join(lines)
@@ -817,7 +844,8 @@ def handle_signals(trainer: Trainer) -> None:
     def stop(number: int, frame) -> None:
         trainer.stop = KeyboardInterrupt(128 + number)
         for other in numbers:
-            signal.signal(other, signal.SIG_DFL)
+            if trainer.n_ranks == 1:  # torchrun sends one rank's to all
+                signal.signal(other, signal.SIG_DFL)
 
     def save(number: int, frame) -> None:
         trainer.save_soon = True
@@ -837,8 +865,40 @@ def start(cfg: dict) -> Trainer:
     n_seqs, seq_len = all_tokens.shape
     print(f"text        {text}: {n_seqs:,} sequences of {seq_len} tokens", flush=True)
     trainer = Trainer(cfg, models, all_tokens)
-    note_start(trainer)
+    if trainer.rank == 0:
+        note_start(trainer)
     return trainer
+
+
+def join_ranks() -> None:
+    """Under torchrun, meets the other ranks. Of them all only the first talks. ValueError where a GPU or
+    the others are not there."""
+    if not dist.is_torchelastic_launched():
+        return
+    local_rank = int(os.environ["LOCAL_RANK"])
+    if torch.cuda.is_available():
+        if local_rank >= torch.cuda.device_count():
+            raise bad("nproc_per_node", local_rank + 1, f"there are {torch.cuda.device_count()} GPUs")
+        torch.cuda.set_device(local_rank)  # which cuda and auto stand for
+    try:
+        dist.init_process_group(timeout=PATIENCE)
+    except dist.DistError as error:
+        raise bad("MASTER_ADDR", os.environ["MASTER_ADDR"], f"the other ranks are not there ({error!r:.200})") from None
+    if dist.get_rank() > 0:
+        sys.stdout = sys.stderr = open(os.devnull, "w")
+
+
+def complain(line: str) -> None:
+    """Puts an error on stderr. torchrun ends all ranks once one has ended, so what all find, the first
+    says; another speaks for itself if it is still there after three seconds."""
+    if dist.is_torchelastic_launched():
+        get_error_handler().record_exception(sys.exception())  # for torchrun's own summary
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    rank, _ = get_ranks()
+    if rank > 0:
+        time.sleep(3)
+        line = f"rank {rank}: {line}"
+    print(line, file=sys.stderr if rank == 0 else sys.__stderr__, flush=True)
 
 
 def main(argv: list[str]) -> int:
@@ -847,6 +907,7 @@ def main(argv: list[str]) -> int:
     start_time = time.time()
     trainer = None
     try:
+        join_ranks()
         cfg = make_cfg(**parse_overrides(argv))
         huggingface_hub.logging.set_verbosity_error()  # what it tries again is not an error yet
         tune_allocator()
@@ -855,16 +916,18 @@ def main(argv: list[str]) -> int:
         handle_signals(trainer)
         metrics = trainer.train()
     except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
+        complain(f"error: {error}")
         return 2
-    except (OSError, FloatingPointError, KeyboardInterrupt) as error:
+    except (OSError, FloatingPointError, KeyboardInterrupt, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and get_ranks()[1] == 1:
+            raise
         advice = "nothing new is saved"
         if trainer is not None and list_checkpoints(trainer.run_dir):
             advice = f"go on with --resume={list_checkpoints(trainer.run_dir)[-1]}"
         if isinstance(error, KeyboardInterrupt):
             print(f"stopped; {advice}", file=sys.stderr)
             return (*error.args, 130)[0]  # 128 and the signal's number
-        print(f"error: {error}; {advice}", file=sys.stderr)
+        complain(f"error: {error}; {advice}")
         return 1
     print(results(cfg, metrics, len(trainer.crosscoder.b_dec)))
     seconds = time.time() - start_time
@@ -872,6 +935,8 @@ def main(argv: list[str]) -> int:
     print(f"{tokens / seconds:,.0f} tokens/s all in all, {seconds:,.0f} s, "
           f"peak memory {peak_memory(cfg['device']) / 1e9:.2f} GB")
     print(f'load it with: crosscoder = CrossCoder.load("{trainer.run_dir}")')
+    if dist.is_initialized():
+        dist.destroy_process_group()
     return 0
 
 

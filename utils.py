@@ -1,8 +1,8 @@
 """Sparse crosscoders: dictionaries whose latents read from and write to several places of models.
 
-In reading order: activations, crosscoder, buffer, evaluation, files, trainer. The n_layers axis is a
-list of sources, each one (model, hook point): all layers of GPT-2 Small, or one layer of base and chat.
-x is raw activations, y normalised ones, throughout. cfg is the dict that train.make_cfg makes.
+In reading order: ranks, activations, crosscoder, buffer, evaluation, files, trainer. The n_layers axis
+is a list of sources, each one (model, hook point): all layers of GPT-2 Small, or one layer of base and
+chat. x is raw activations, y normalised ones, throughout. cfg is the dict that train.make_cfg makes.
 
 [A24] Anthropic, Circuits Updates, April 2024: how dictionaries are initialised and trained.
 [O24] Anthropic, Sparse Crosscoders, October 2024. [F25] Crosscoder Model Diffing, February 2025.
@@ -30,6 +30,7 @@ import einops
 import filelock
 import safetensors.torch
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 import tqdm
 import wandb
@@ -48,6 +49,50 @@ def bad(key: str, value, remedy: str) -> ValueError:
     """The error for a user's mistake: the key, its value, and what would be right."""
     shown = repr(value).replace("\n", " ")
     return ValueError(f"{key}={shown}: {remedy}")
+
+
+# ---- Ranks ---------------------------------------------------------------------------------------
+# torchrun starts one process for each GPU, a rank. Rank r of n reads every n-th sequence, from the r-th,
+# and has latents r d_sae / n to (r + 1) d_sae / n - 1. All see the whole batch and come to the same
+# error, losses and b_dec. In a process by itself nothing in this section changes anything.
+def get_ranks() -> tuple[int, int]:
+    """-> the rank of this process; how many there are"""
+    if dist.is_initialized():
+        return dist.get_rank(), dist.get_world_size()
+    return 0, 1
+
+
+def gather(x: Float[Tensor, "n ..."]) -> Float[Tensor, "all ..."]:
+    """All ranks' x, one after the other, without a gradient."""
+    _, n_ranks = get_ranks()
+    if n_ranks == 1:
+        return x
+    everyones = x.new_empty(n_ranks * len(x), *x.shape[1:])
+    dist.all_gather(list(everyones.chunk(n_ranks)), x.contiguous())
+    return everyones
+
+
+def sum_ranks(x: Tensor) -> Tensor:
+    """The sum of all ranks' x, in fp32. They all do the same with it, so its gradient is that of this
+    rank's x as it is; to add up the ranks' gradients would be wrong. Autograd sees the copy alone."""
+    if get_ranks()[1] > 1:
+        x = x.to(torch.promote_types(x.dtype, torch.float32), copy=True)
+        dist.all_reduce(x.data)
+    return x
+
+
+def cut(scores: Float[Tensor, "rows n"], most: int, total: int) -> Float[Tensor, "rows n"]:
+    """Of scores, a rank's largest of each row: -inf instead of those that, on all ranks together, are not
+    among the `most` largest of a row, or not among the `total` largest of what that leaves."""
+    rank, n_ranks = get_ranks()
+    if n_ranks == 1:
+        return scores
+    everyones = gather(scores[None]).movedim(0, 1)  # [rows, n_ranks, n]
+    none = torch.full_like(everyones, -math.inf).flatten(1)
+    best, places = everyones.flatten(1).topk(min(most, none.shape[1]))
+    kept, chosen = best.flatten().topk(min(total, best.numel()))
+    best = none[:, : best.shape[1]].flatten().scatter(0, chosen, kept).view_as(best)
+    return none.scatter(1, places, best).view_as(everyones)[:, rank]
 
 
 # ---- Activations ---------------------------------------------------------------------------------
@@ -100,11 +145,10 @@ def send(tensor: Tensor, device: torch.device | str) -> Tensor:
 @torch.no_grad()
 def get_stacked_resids(models: list, tokens: Tokens, cfg: dict) -> Resids:
     """Runs the models on tokens [batch, pos] and stacks the raw activations of all sources,
-    position 0 included: [batch, pos, n_layers, d_model]. Sites with heads are flattened. A model is
-    left once its last source is seen: no later layer and no logits are computed. ValueError for a
-    site whose activations are not [batch, pos, ...]."""
+    position 0 included: [batch, pos, n_layers, d_model], on cfg["device"]. Sites with heads are
+    flattened. A model is left once its last source is seen: no later layer and no logits are
+    computed. ValueError for a site whose activations are not [batch, pos, ...]."""
     sources = get_sources(models, cfg)
-    tokens = tokens.to(cfg["device"]).long()
     resids = None  # [batch, pos, n_layers, d_model], made when the first activation shows d_model
 
     def collect(act, hook, i):
@@ -115,7 +159,7 @@ def get_stacked_resids(models: list, tokens: Tokens, cfg: dict) -> Resids:
         if cfg["center"]:
             act = act - act.mean(-1, keepdim=True)
         if resids is None:
-            resids = act.new_empty(*tokens.shape, len(sources), act.shape[2])
+            resids = act.new_empty(*tokens.shape, len(sources), act.shape[2], device=cfg["device"])
         resids[:, :, i] = act
         unseen.remove(i)
         if not unseen:
@@ -125,7 +169,7 @@ def get_stacked_resids(models: list, tokens: Tokens, cfg: dict) -> Resids:
         unseen = [i for i, source in enumerate(sources) if source.model == m]
         hooks = [(sources[i].hook, partial(collect, i=i)) for i in unseen]
         with suppress(AllSeen):
-            model.run_with_hooks(tokens, return_type=None, fwd_hooks=hooks)
+            model.run_with_hooks(tokens.to(model.cfg.device).long(), return_type=None, fwd_hooks=hooks)
         if unseen:
             hook = sources[unseen[0]].hook
             raise bad("site", cfg["site"], f"{hook} is not computed; open the models with this cfg")
@@ -239,11 +283,14 @@ class CrossCoder(nn.Module):
         self.n_models = len(cfg["model_name"])
         # decode_chosen is sparse where d_sae is at least this many times k; on a GPU as predicted.
         self.sparse_from = 512 if "cuda" in cfg["device"] else 64
-        d_sae = cfg["dict_size"]
+        rank, n_ranks = get_ranks()
+        d_sae = cfg["dict_size"] // n_ranks
+        self.first = rank * d_sae  # latent 0 of this rank is this one of all
 
         # All models begin with the same decoder vectors, the encoder as the decoder's transpose.
         generator = torch.Generator().manual_seed(cfg["seed"])
-        W_dec = torch.randn(d_sae, n_layers // self.n_models, d_model, generator=generator)
+        for _ in range(rank + 1):  # as one process draws them: those of earlier ranks, then its own
+            W_dec = torch.randn(d_sae, n_layers // self.n_models, d_model, generator=generator)
         W_dec = W_dec.repeat(1, self.n_models, 1)
         if self.activation == "relu":
             init_norm = cfg["dec_init_norm"]  # unlike [A24]: at each source [N24], not of all
@@ -264,7 +311,7 @@ class CrossCoder(nn.Module):
         self.norm_factor: Float[Tensor, "n_layers"] = nn.Buffer(torch.tensor(norm))
         self.threshold: Float[Tensor, ""] = nn.Buffer(torch.zeros(()))  # batchtopk's
         self.penalty: Float[Tensor, "d_sae"] = nn.Buffer(torch.ones(d_sae), persistent=False)
-        self.penalty[: cfg["n_shared"]] = cfg["shared_penalty"]
+        self.penalty[: max(0, cfg["n_shared"] - self.first)] = cfg["shared_penalty"]
         self.constrain(self.W_enc.data, self.W_dec.data)
         self.to(cfg["device"])
 
@@ -276,17 +323,17 @@ class CrossCoder(nn.Module):
         averaged over the models [F25]. The next n_exclusive are the first model's alone, and so on:
         what W_enc and W_dec hold for them at other models is zeroed. In place, on the weights once
         and on the gradients in each step, so that Adam never moves anything out of place."""
-        n_shared = self.cfg["n_shared"]
-        n_exclusive = self.cfg["n_exclusive"]
+        n_shared = max(0, self.cfg["n_shared"] - self.first)
         # Both as views [d_sae, n_models, n_layers / n_models, d_model].
         W_enc = W_enc.movedim(2, 0).unflatten(1, (self.n_models, -1))
         W_dec = W_dec.unflatten(1, (self.n_models, -1))
         W_dec[:n_shared] = W_dec[:n_shared].mean(1, keepdim=True)
         for m in range(self.n_models):
-            first = n_shared + m * n_exclusive
+            start = self.cfg["n_shared"] + m * self.cfg["n_exclusive"] - self.first
+            exclusive = slice(max(0, start), max(0, start + self.cfg["n_exclusive"]))
             for W in (W_enc, W_dec):
-                W[first : first + n_exclusive, :m] = 0
-                W[first : first + n_exclusive, m + 1 :] = 0
+                W[exclusive, :m] = 0
+                W[exclusive, m + 1 :] = 0
 
     def extra_repr(self) -> str:
         """What print(crosscoder) says of it."""
@@ -316,12 +363,11 @@ class CrossCoder(nn.Module):
         if self.activation != "topk":
             return h * (h > self.get_thresholds())
         rows = h.reshape(-1, h.shape[-1])
-        places, _ = self.choose(rows, self.cfg["k"])
-        return self.keep(rows, places).view_as(h)
+        return self.keep(rows, *self.choose(rows, self.cfg["k"])).view_as(h)
 
     def decode(self, acts: Acts) -> Resids:
         """Latent activations to raw reconstructions, in fp32."""
-        y_hat = acts.to(self.dtype) @ self.W_dec.flatten(1).to(self.dtype)
+        y_hat = sum_ranks(acts.to(self.dtype) @ self.W_dec.flatten(1).to(self.dtype))
         y_hat = y_hat.unflatten(-1, self.b_dec.shape) + self.b_dec
         return y_hat * self.norm_factor[:, None]
 
@@ -348,29 +394,32 @@ class CrossCoder(nn.Module):
     @torch.no_grad()
     def choose(self, h: Acts, k: int) -> tuple[Int[Tensor, "n"], Float[Tensor, "n"]]:
         """topk: the k largest scores of each row; batchtopk [B24]: of all rows, k a row on average.
-        -> their places in h.flatten(), row after row, in any order within one; these scores"""
+        -> their places in h.flatten(), row after row, in any order within one; these scores, 0 at
+        least, or -inf where other ranks have larger ones instead"""
         rows, d_sae = h.shape
         # unlike [B24]: no row keeps more than 8 k, so that the second topk below has less to sort
-        most = min(d_sae, 8 * k) if self.activation == "batchtopk" else k
+        most = 8 * k if self.activation == "batchtopk" else k
         scores = h * self.get_decoder_norms().to(h.dtype)
-        scores, latents = scores.topk(most, sorted=False)  # [rows, most]
+        scores, latents = scores.topk(min(most, d_sae), sorted=False)  # [rows, most]
         row_starts = torch.arange(rows, device=h.device)[:, None] * d_sae
         places = (row_starts + latents).flatten()
-        scores = F.relu(scores.flatten())
+        scores = cut(F.relu(scores), most, k * rows).flatten()
         if self.activation == "batchtopk":
-            scores, chosen = scores.topk(k * rows, sorted=False)
-            places = places[chosen].sort().values
+            _, chosen = scores.topk(min(k * rows, len(scores)), sorted=False)
+            chosen = chosen.sort().values
+            return places[chosen], scores[chosen]
         return places, scores
 
-    def keep(self, h: Acts, places: Int[Tensor, "n"]) -> Acts:
-        """h at these places of h.flatten(), where it is positive; else 0."""
-        values = F.relu(h.flatten().gather(0, places))
+    def keep(self, h: Acts, places: Int[Tensor, "n"], scores: Float[Tensor, "n"]) -> Acts:
+        """h at these places of h.flatten(), where its score is positive; else 0."""
+        values = h.flatten().gather(0, places) * (scores > 0)
         return h.new_zeros(h.numel()).scatter_(0, places, values).view_as(h)
 
     # ---- CrossCoder: training
     def get_losses(self, x: Resids, k: int = 0, dead: Int[Tensor, "n_dead"] | None = None) -> LossOutput:
         """The losses on raw activations [batch, n_layers, d_model] [O24]; changes nothing. k: how many
-        latents a row topk and batchtopk keep, if not cfg["k"]. dead: latents that AuxK is to revive."""
+        latents a row topk and batchtopk keep, if not cfg["k"]. dead: latents that AuxK is to revive, of
+        this rank; None where no rank has any."""
         y = self.normalise(x)
         h = self.get_pre_acts(y)
         batch = max(1, len(y))  # nothing is lost on no rows
@@ -387,28 +436,32 @@ class CrossCoder(nn.Module):
             aux_loss = 3e-6 * inactive.sum() / batch  # [J25]
         else:
             places, scores = self.choose(h, k or self.cfg["k"])
-            y_hat, fired = self.decode_chosen(h, places)
-            l1_loss = scores.sum(dtype=torch.float32) / batch
-        error, l2_loss, variance = compare(y_hat.view_as(y), self.b_dec, y)
-        if dead is not None and len(dead):
+            y_hat, fired = self.decode_chosen(h, places, scores)
+            l1_loss = F.relu(scores).sum(dtype=torch.float32) / batch
+        l1_loss, aux_loss, l0_loss = sum_ranks(torch.stack([l1_loss, aux_loss, fired.sum() / batch]))
+        error, l2_loss, variance = compare(sum_ranks(y_hat).view_as(y), self.b_dec, y)
+        if dead is not None:
             # Unlike that of [G24], l2_loss is not relative to the variance; so AuxK is not, either.
             left = self.get_aux_k(h[:, dead], self.W_dec[dead], error.detach())
             aux_loss = aux_loss + self.cfg["aux_coeff"] * variance / batch * left
         fvu = l2_loss.detach() / variance
-        return LossOutput(l2_loss / batch, l1_loss, aux_loss, fired.sum() / batch, fvu, fired)
+        return LossOutput(l2_loss / batch, l1_loss, aux_loss, l0_loss.detach(), fvu, fired)
 
-    def decode_chosen(self, h: Acts, places: Int[Tensor, "n"]) -> tuple[Tensor, Int[Tensor, "d_sae"]]:
-        """-> y_hat without b_dec, of the latents at these places of h.flatten(); rows in which each is
-        active. Where they are few, the rows of W_dec that they need are summed instead of a whole
-        product: 1.7 times as fast at 2^16 latents on 2 cores, tests/RESULTS.md, Speed."""
+    def decode_chosen(
+        self, h: Acts, places: Int[Tensor, "n"], scores: Float[Tensor, "n"]
+    ) -> tuple[Float[Tensor, "batch m"], Int[Tensor, "d_sae"]]:
+        """-> y_hat without b_dec, of the latents at these places of h.flatten() whose scores are
+        positive; rows in which each is active. Where they are few, the rows of W_dec that they need are
+        summed instead of a whole product: 1.7 times as fast at 2^16 latents on 2 cores,
+        tests/RESULTS.md, Speed."""
         batch, d_sae = h.shape
         W_dec = self.W_dec.flatten(1)
         latents = places % d_sae
-        values = F.relu(h.flatten().gather(0, places))
+        values = h.flatten().gather(0, places) * (scores > 0)
         fired = torch.zeros_like(self.b_enc, dtype=torch.int32)
-        fired.index_add_(0, latents, (values > 0).int())
+        fired.index_add_(0, latents, (scores > 0).int())
         if self.sparse_from * len(places) > h.numel():
-            y_hat, _ = Product.apply(self.keep(h, places), W_dec)
+            y_hat, _ = Product.apply(self.keep(h, places, scores), W_dec)
             return y_hat, fired
         # Places are in no order within a row, but those of one row come after those of the row
         # before, which is all that this search needs.
@@ -423,12 +476,15 @@ class CrossCoder(nn.Module):
     ) -> Float[Tensor, ""]:
         """AuxK [G24]: what is left of the error, relative to its variance, once the d_model / 2
         [M25] dead latents with the largest scores of each row have reconstructed it."""
-        k = min(h.shape[1], error.shape[2] // 2)
+        k = error.shape[2] // 2
         scores = h.detach() * W_dec.detach().norm(dim=-1).sum(-1)
-        lowest = scores.topk(k, sorted=False).values.amin(1, keepdim=True)
+        largest = scores.topk(min(k, len(W_dec)), sorted=False).values
+        largest = cut(F.pad(largest, (0, k - largest.shape[1]), value=-math.inf), k, k * len(h))
+        lowest = largest.masked_fill(largest == -math.inf, math.inf).amin(1, keepdim=True)
         # unlike [G24]: not rectified, as a latent that is nowhere positive would get no gradient
         error_hat, _ = Product.apply(h * (scores >= lowest), W_dec.flatten(1))
-        left = (error_hat.view_as(error) + error).pow(2).sum()  # a plus, as the error is y_hat - y
+        # a plus, as the error is y_hat - y
+        left = (sum_ranks(error_hat).view_as(error) + error).pow(2).sum()
         variance = (error - error.mean(0)).pow(2).sum()
         return left / variance.clamp(min=1e-30)
 
@@ -471,24 +527,29 @@ class CrossCoder(nn.Module):
             for rows in x.split(self.cfg["batch_size"]):
                 h = self.get_pre_acts(self.normalise(rows))
                 _, scores = self.choose(h, self.cfg["k"])
-                lowest.append(scores.min().float())
-            self.threshold.copy_(torch.stack(lowest).mean())
+                lowest.append(scores.masked_fill(scores < 0, math.inf).min().float())
+            lowest = gather(torch.stack(lowest)[None]).amin(0)  # of all ranks
+            self.threshold.copy_(lowest.mean())
 
     # ---- CrossCoder: files
     def save(self, path: str | Path, state: dict = {}) -> None:
         """Writes the folder path, whole or not at all: crosscoder.safetensors, cfg.json,
         manifest.json. The tensors of a trainer's state go into trainer.safetensors, all else into
-        trainer.json. OSError where it cannot be written, or something is there already."""
+        trainer.json. All ranks call it, and the first one writes. OSError where it cannot be written,
+        or something is there already."""
+        tensors = {key: value for key, value in state.items() if isinstance(value, Tensor)}
+        others = {key: value for key, value in state.items() if key not in tensors}
+        weights = join_shares(self.state_dict())
+        tensors = join_shares(tensors)
+        if get_ranks()[0] > 0:
+            return
         if Path(path).exists():
             raise FileExistsError(f"{path} is there already; save to a new folder")
         with atomically(Path(path)) as folder:
             folder.mkdir()
             (folder / "cfg.json").write_text(json.dumps(self.cfg, indent=2) + "\n")
-            weights = {key: value.contiguous() for key, value in self.state_dict().items()}
             safetensors.torch.save_file(weights, folder / "crosscoder.safetensors")
             if state:
-                tensors = {key: value for key, value in state.items() if isinstance(value, Tensor)}
-                others = {key: value for key, value in state.items() if key not in tensors}
                 safetensors.torch.save_file(tensors, folder / "trainer.safetensors")
                 (folder / "trainer.json").write_text(json.dumps(others))
             manifest = {file.name: get_identity(file) for file in folder.iterdir()}
@@ -628,10 +689,17 @@ class Buffer:
         slots = self.order[self.pointer : self.pointer + 4 * self.cfg["batch_size"]]
         return self.buffer[slots].to(self.cfg["device"])
 
-    def hash_text(self) -> str:
+    def start_at(self, row: int) -> None:
+        """Goes on with the sequence after this row, and nothing of those before it."""
+        self.rows_served = self.next_row = math.ceil(row / self.rows_per_seq) * self.rows_per_seq
+        self.bounds = [self.next_row]
+        self.refresh()
+
+    def hash_text(self) -> Int[Tensor, "32"]:
         """SHA-256 of the sequences that were read so far."""
         text = self.all_tokens[: math.ceil(self.next_row / self.rows_per_seq)]
-        return hashlib.sha256(text.contiguous().cpu().numpy()).hexdigest()
+        digest = hashlib.sha256(text.contiguous().cpu().numpy()).digest()
+        return torch.frombuffer(bytearray(digest), dtype=torch.uint8)
 
     def state_dict(self) -> dict:
         """All but the activations, which load_state_dict harvests again."""
@@ -647,7 +715,7 @@ class Buffer:
             setattr(self, name, value)
         if len(self.order) != self.size or self.next_row - self.rows_served != self.size - self.pointer:
             raise bad("resume", self.cfg["resume"], "its buffer's state is not one of this run")
-        if self.hash_text() != state["text"]:
+        if not torch.equal(self.hash_text(), state["text"].cpu()):
             raise bad("tokens", self.cfg["tokens"] or self.cfg["dataset"], "not the text of the run so far")
         self.generator.set_state(state["generator"].cpu())
         self.harvest(self.row_numbers, self.bounds)
@@ -668,7 +736,8 @@ def get_stats(crosscoder: CrossCoder, models: list, tokens: Tokens, cfg: dict) -
     fvu [n_layers]: sum ||x - x_hat||^2 / sum ||x - E x||^2; nan where x is constant
     fvu_all: the same over all sources, source l weighted by norm_factor[l] ** -2, as in the loss
     norm_ratio [n_layers]: E||x_hat|| / E||x||, below 1 where there is shrinkage
-    mean [n_layers, d_model]: E x; l0: active latents a token; freqs [d_sae]: how often each fires"""
+    mean [n_layers, d_model]: E x; l0: active latents a token; freqs [d_sae]: how often each fires.
+    Of several ranks each reads all tokens, with its own latents."""
     n_rows = totals = means = fires = 0
     center = None  # near the mean; squares around 0 would have lost the digits of the variance
     for x in iter_rows(models, tokens, cfg):
@@ -695,7 +764,7 @@ def get_stats(crosscoder: CrossCoder, models: list, tokens: Tokens, cfg: dict) -
         "fvu_all": (errors * weights).sum() / (variances * weights).nansum(),
         "norm_ratio": norms_hat / norms,
         "mean": means,
-        "l0": fires.sum() / n_rows,
+        "l0": sum_ranks(fires.sum()) / n_rows,
         "freqs": fires / n_rows}
 
 
@@ -720,6 +789,7 @@ def get_ce(model, tokens: Tokens, splices: list[tuple[str, Tensor]] = []) -> flo
         # Only the MLP reads TransformerLens 4's resid_mid; so what goes round it is changed, too.
         if name.endswith("resid_mid"):
             hooks.append((name.replace("mid", "post"), partial(add_change, name=name)))
+    tokens = tokens.to(model.cfg.device).long()
     logits = model.run_with_hooks(tokens, return_type="logits", fwd_hooks=hooks)
     # One sequence at a time takes less memory.
     losses = [F.cross_entropy(row[:-1].float(), ids[1:]) for row, ids in zip(logits, tokens)]
@@ -753,7 +823,6 @@ def evaluate(crosscoder: CrossCoder, models: list, tokens: Tokens, cfg: dict) ->
         metrics[f"fvu/{name}"] = stats["fvu"][i].item()
         metrics[f"norm_ratio/{name}"] = stats["norm_ratio"][i].item()
     for batch in tokens.split(cfg["model_batch_size"]):
-        batch = batch.to(cfg["device"]).long()
         clean = [get_ce(model, batch) for model in models]
         x = get_stacked_resids(models, batch, cfg)
         x_hat = [crosscoder(rows).to(x) for rows in x.flatten(0, 1).split(cfg["batch_size"])]
@@ -789,6 +858,38 @@ def flush(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     os.fsync(descriptor)
     os.close(descriptor)
+
+
+def get_axis(name: str, tensor: Tensor) -> int | None:
+    """Along which axis the ranks share a checkpoint's tensor; None where each has all of it."""
+    if tensor.ndim == 0 or name == "norm_factor" or "b_dec" in name:
+        return None
+    return 2 if "W_enc" in name else 0
+
+
+def join_shares(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A checkpoint's tensors, of several ranks whole on the first one's CPU."""
+    rank, n_ranks = get_ranks()
+    joined = {}
+    for name, tensor in tensors.items():
+        axis = get_axis(name, tensor)
+        if n_ranks > 1 and axis is not None:
+            tensor = tensor.cpu().contiguous()
+            parts = [torch.empty_like(tensor) for _ in range(n_ranks)] if rank == 0 else None
+            dist.gather(tensor, parts)
+            tensor = torch.cat(parts or [tensor], axis)
+        joined[name] = tensor.contiguous()
+    return joined
+
+
+def take_share(name: str, tensor: Tensor) -> Tensor:
+    """What this rank has of a checkpoint's tensor. Copied, as tensors in a file are not aligned, which
+    changes some sums' last bits."""
+    rank, n_ranks = get_ranks()
+    axis = get_axis(name, tensor)
+    if axis is not None:
+        tensor = tensor.tensor_split(n_ranks, axis)[rank]
+    return tensor.clone()
 
 
 def get_identity(file: Path) -> dict:
@@ -875,13 +976,17 @@ class Trainer:
     """Trains a crosscoder on the models' activations over all_tokens, whose last cfg["eval_seqs"]
     sequences are held out; from where the checkpoint cfg["resume"] leaves off, if one is given."""
     STATE = (
-        "step_counter", "evaluated_at", "history", "wandb_id", "tokens_since_fired", "dead", "steps_skipped")
+        "step_counter", "evaluated_at", "history", "wandb_id", "tokens_since_fired", "is_dead",
+        "steps_skipped", "n_ranks")
 
     def __init__(self, cfg: dict, models: list, all_tokens: Tokens):
         self.cfg = cfg
         self.models = models
+        self.rank, self.n_ranks = get_ranks()
         self.eval_tokens = all_tokens[-cfg["eval_seqs"] :]
-        self.buffer = Buffer(cfg, models, all_tokens[: -cfg["eval_seqs"]])
+        share = {"batch_size": cfg["batch_size"] // self.n_ranks, "seed": cfg["seed"] + self.rank}
+        tokens = all_tokens[: -cfg["eval_seqs"]][self.rank :: self.n_ranks]
+        self.buffer = Buffer(cfg | share, models, tokens)
         n_layers, d_model = self.buffer.buffer.shape[1:]
         self.crosscoder = CrossCoder({**cfg, "resume": ""}, n_layers, d_model)  # its cfg.json is for anyone
         # unlike [J25]: thresholds learn at the full rate, or in a short run they hardly move
@@ -889,29 +994,34 @@ class Trainer:
             self.crosscoder.parameters(), cfg["lr"], betas=(cfg["beta1"], cfg["beta2"]), fused=True)
         self.step_counter = 0
         self.total_steps = cfg["num_tokens"] // cfg["batch_size"]
-        self.tokens_since_fired = torch.zeros(cfg["dict_size"], dtype=torch.long, device=cfg["device"])
-        self.dead = torch.empty(0, dtype=torch.long, device=cfg["device"])  # latents for AuxK to revive
+        self.tokens_since_fired = torch.zeros_like(self.crosscoder.b_enc, dtype=torch.long)
+        self.is_dead = torch.zeros_like(self.crosscoder.b_enc, dtype=torch.uint8)  # for AuxK to revive
+        self.dead: Int[Tensor, "n_dead"] | None = None  # the same, as get_losses takes them
         self.steps_skipped = torch.zeros((), device=cfg["device"])
         self.skipped_in_a_row = torch.zeros((), device=cfg["device"])
         self.history: list[dict] = []  # all that was logged
         self.evaluated_at = -1  # the step of the last evaluation in it
         self.wandb_id = secrets.token_hex(4)
-        self.wandb_failed = False
+        self.wandb_failed = self.rank > 0  # the first rank speaks for all
         self.stop: BaseException | None = None  # train raises it after the step
         self.save_soon = False  # train saves after the step
+        if self.rank > 0:  # which writes its log where nobody reads it
+            self.temporary = tempfile.TemporaryDirectory()
+            cfg = cfg | {"save_dir": self.temporary.name, "resume": ""}
         self.run_dir, self.lock = open_run(cfg)
-        if cfg["resume"]:
-            self.load(Path(cfg["resume"]))
+        if self.cfg["resume"]:
+            self.load(Path(self.cfg["resume"]))
             return
         self.buffer.refresh()
         if not cfg["norm"]:
             self.crosscoder.norm_factor.copy_(self.get_norm_factor())
-        self.crosscoder.calibrate(self.buffer.peek())
+        self.crosscoder.calibrate(gather(self.buffer.peek()))
 
     def get_norm_factor(self) -> Float[Tensor, "n_layers"]:
         """E||x|| / sqrt(d_model) of each source, over the rows in the buffer."""
         rows = self.buffer.buffer
         norms = sum(x.float().norm(dim=-1).sum(0) for x in rows.split(self.cfg["batch_size"]))
+        norms = sum_ranks(norms) / self.n_ranks
         if not norms.min() > 0:
             raise bad("site", self.cfg["site"], "its activations are all 0, or not finite")
         return norms / len(rows) / math.sqrt(rows.shape[-1])
@@ -944,8 +1054,9 @@ class Trainer:
         lr = self.get_lr()
         l1_coeff = self.get_l1_coeff()
         if cfg["aux_coeff"] and self.step_counter % 100 == 0:  # seldom, as it waits for the device
-            self.dead = (self.tokens_since_fired >= cfg["dead_after"]).nonzero().flatten()
-        losses = self.crosscoder.get_losses(self.buffer.next(), self.get_k(), self.dead)
+            self.is_dead = (self.tokens_since_fired >= cfg["dead_after"]).byte()
+            self.find_dead()
+        losses = self.crosscoder.get_losses(gather(self.buffer.next()), self.get_k(), self.dead)
         loss = losses.l2_loss + l1_coeff * losses.l1_loss + losses.aux_loss
         loss.backward()
         self.crosscoder.constrain(self.crosscoder.W_enc.grad, self.crosscoder.W_dec.grad)
@@ -953,8 +1064,9 @@ class Trainer:
         # A step that is not finite is skipped. After MOST_SKIPPED in a row every step is skipped,
         # until run_steps ends the run at the next log. Rows first, as in one go the norm of 75
         # million numbers is off by 0.7% in fp32 on a CPU.
-        grad_norms = [p.grad.norm(dim=-1) for p in self.crosscoder.parameters()]
-        grad_norm = nn.utils.get_total_norm(grad_norms)
+        parameters = self.crosscoder.named_parameters()  # of all ranks: b_dec, which all have, once
+        grad_norms = [p.grad.norm(dim=-1) for name, p in parameters if name != "b_dec" or self.rank == 0]
+        grad_norm = sum_ranks(nn.utils.get_total_norm(grad_norms).square()).sqrt()
         skip = ~(loss.detach() + grad_norm).isfinite() | (self.skipped_in_a_row >= MOST_SKIPPED)
         self.optimizer.param_groups[0]["lr"] = lr
         step_adam(self.optimizer, grad_norm, skip.float())
@@ -972,12 +1084,18 @@ class Trainer:
             "data/epochs": self.buffer.rows_served / self.buffer.rows_per_epoch,
             "data/steps_skipped": self.steps_skipped}
 
+    def find_dead(self) -> None:
+        """Has get_losses revive what is dead, if any is on any rank."""
+        self.dead = None
+        if sum_ranks(self.is_dead.sum()) > 0:
+            self.dead = self.is_dead.nonzero().flatten()
+
     def evaluate(self) -> dict[str, float]:
         """evaluate() on the held-out sequences, and the share of latents that are dead."""
-        self.crosscoder.fit_threshold(self.buffer.peek())  # never on the text that is scored
-        dead = self.tokens_since_fired >= self.cfg["dead_after"]
+        self.crosscoder.fit_threshold(gather(self.buffer.peek()))  # never on the text that is scored
+        dead = (self.tokens_since_fired >= self.cfg["dead_after"]).float().mean()
         metrics = evaluate(self.crosscoder, self.models, self.eval_tokens, self.cfg)
-        return {**metrics, "sparsity/dead": dead.float().mean().item()}
+        return {**metrics, "sparsity/dead": sum_ranks(dead).item() / self.n_ranks}
 
     def train(self) -> dict[str, float]:
         """Trains to the end; returns the last evaluation. self.stop, once set, is raised after the
@@ -993,20 +1111,30 @@ class Trainer:
                 settings={"init_timeout": 30, "finish_timeout": 30})
             self.run_steps()
             while not self.save():  # try again rather than lose it
-                if self.stop:
-                    raise self.stop
+                self.agree()
                 time.sleep(5)
             final = self.evaluate()
             self.log(final)
             return final
-        except BaseException:
-            # After that many bad steps the checkpoint before is better than what there is now.
-            if self.skipped_in_a_row < MOST_SKIPPED:
+        except BaseException as error:
+            # After that many bad steps the checkpoint before is better than what there is now. And it
+            # takes all ranks to save, which only a stop ends together.
+            if self.skipped_in_a_row < MOST_SKIPPED and (self.n_ranks == 1 or error is self.stop):
                 self.save()
             raise
         finally:
             self.call_wandb("finish")
             self.lock.release(force=True)
+
+    def agree(self) -> bool:
+        """Raises self.stop if any rank is to stop. -> whether any is to save. Signals do not come to all
+        in the same step, and all have to stop or save after the same."""
+        wishes = torch.tensor([self.stop is not None, self.save_soon]).float()
+        stop, save = sum_ranks(wishes).tolist()
+        if stop:
+            self.stop = self.stop or KeyboardInterrupt()
+            raise self.stop
+        return save > 0
 
     def run_steps(self) -> None:
         """The steps that are left, with evaluations, logs and checkpoints between them."""
@@ -1033,10 +1161,9 @@ class Trainer:
                         raise FloatingPointError(
                             f"step {self.step_counter}: loss or gradients not finite {MOST_SKIPPED} "
                             f"times in a row; largest norms: {norms}")
-                if self.stop:
-                    raise self.stop
+                is_asked = self.agree()
                 is_due = self.step_counter % cfg["save_every"] == 0 and not is_last
-                if (is_due or self.save_soon) and not self.skipped_in_a_row:  # never bad weights
+                if (is_due or is_asked) and not self.skipped_in_a_row:  # never bad weights
                     self.save_soon = False
                     self.save()
 
@@ -1068,18 +1195,21 @@ class Trainer:
         """Writes this step's checkpoint, save_dir/version_N/step_NNNNNNN, unless it is there, and the
         log; removes all but the newest cfg["keep"]. -> the folder, or None where it cannot write"""
         path = self.run_dir / f"step_{self.step_counter:07d}"
-        self.crosscoder.fit_threshold(self.buffer.peek())
+        self.crosscoder.fit_threshold(gather(self.buffer.peek()))
         state = {name: getattr(self, name) for name in self.STATE}
         state |= {f"buffer.{key}": value for key, value in self.buffer.state_dict().items()}
         for name, parameter in self.crosscoder.named_parameters():
             moments = self.optimizer.state[parameter]
             state |= {f"adam.{name}.{key}": value for key, value in moments.items()}
+        failed = torch.zeros(())
         try:
-            if not path.exists():
+            with suppress(FileExistsError):  # saved a moment ago
                 self.crosscoder.save(path, state)
             self.write_history()
         except (OSError, safetensors.SafetensorError) as error:
             tqdm.tqdm.write(f"cannot save {path} ({error})", file=sys.stderr)
+            failed += 1
+        if sum_ranks(failed) > 0:
             return None
         for old in list_checkpoints(self.run_dir)[: -self.cfg["keep"]]:
             with suppress(OSError):  # it only takes space
@@ -1094,10 +1224,9 @@ class Trainer:
 
         try:
             weights = safetensors.torch.load_file(folder / "crosscoder.safetensors")
-            self.crosscoder.load_state_dict(weights)
-            state = safetensors.torch.load_file(folder / "trainer.safetensors", self.cfg["device"])
-            # Copied, as tensors in a file are not aligned, which changes some sums' last bits.
-            state = {key: tensor.clone() for key, tensor in state.items()}
+            self.crosscoder.load_state_dict({key: take_share(key, weights[key]) for key in weights})
+            state = safetensors.torch.load_file(folder / "trainer.safetensors")
+            state = {key: take_share(key, state[key]).to(self.cfg["device"]) for key in state}
             state |= json.loads((folder / "trainer.json").read_text())
             for name in self.STATE:
                 if type(state[name]) is not type(getattr(self, name)):
@@ -1105,7 +1234,14 @@ class Trainer:
                 setattr(self, name, state[name])
             for name, parameter in self.crosscoder.named_parameters():
                 self.optimizer.state[parameter] = select(f"adam.{name}.")
+            self.find_dead()
         except Exception as error:
             raise bad("resume", str(folder), f"not a run of this version ({error!r:.200})") from None
-        self.buffer.load_state_dict(select("buffer."))
+        _, n_ranks = get_ranks()
+        if self.n_ranks == n_ranks:
+            self.buffer.load_state_dict(select("buffer."))
+        else:
+            print(f"{folder} has {self.n_ranks} ranks' buffers; now {n_ranks} fill theirs anew", file=sys.stderr)
+            self.buffer.start_at(math.ceil(state["buffer.next_row"] * self.n_ranks / n_ranks))
+            self.n_ranks = n_ranks
         self.write_history()  # without what was logged after the checkpoint

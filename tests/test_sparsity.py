@@ -174,7 +174,7 @@ def test_sparse_and_dense_decoding_are_the_same(activation, monkeypatch):
     (sparse.l2_loss).backward()
     y = other.normalise(x)
     h = other.get_pre_acts(y)
-    dense = other.keep(h, other.choose(h, 4)[0])
+    dense = other.keep(h, *other.choose(h, 4))
     (other.normalise(other.decode(dense)) - y).pow(2).sum().div(50).backward()
     for (name, a), b in zip(one.named_parameters(), other.parameters()):
         assert torch.allclose(a.grad, b.grad, rtol=1e-4, atol=1e-4), name
@@ -187,7 +187,7 @@ def test_topk_keeps_k_a_row_and_batchtopk_k_a_row_on_average():
         crosscoder.b_enc.data += 3  # so that enough are positive
         h = crosscoder.get_pre_acts(x)
         places, scores = crosscoder.choose(h, 4)
-        acts = crosscoder.keep(h, places)
+        acts = crosscoder.keep(h, places, scores)
         assert torch.equal(scores.sort().values, (acts * crosscoder.get_decoder_norms()).flatten()[places].sort().values)
         assert (acts > 0).sum() == 4 * 200 == len(places.unique())
         assert torch.equal(places.sort().values, (acts.flatten() > 0).nonzero().flatten())
