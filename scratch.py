@@ -25,7 +25,8 @@ from plotly.subplots import make_subplots
 from torch import Tensor
 
 from train import (
-    MAY_CHANGE, PRESETS, USED_BY, explain, find_latest, get_tokenizer, load_models, load_tokens, make_cfg)
+    DEVICES, MAY_CHANGE, PRESETS, USED_BY, explain, find_latest, get_tokenizer, load_models, load_tokens,
+    make_cfg)
 from utils import (
     CrossCoder, Trainer, bad, evaluate, find_checkpoint, get_ce, get_sources, get_stacked_resids,
     get_stats, iter_rows, list_checkpoints, source_names)
@@ -35,7 +36,7 @@ np.set_printoptions(precision=4, suppress=True)
 path = list_checkpoints(find_latest("checkpoints"))[-1]
 crosscoder = CrossCoder.load(path)
 # This machine may be another than the one it was trained on.
-cfg = make_cfg(**crosscoder.cfg | {"device": "auto", "buffer_device": "auto", "enc_dtype": "auto"})
+cfg = make_cfg(**crosscoder.cfg | dict.fromkeys([*DEVICES, "enc_dtype"], "auto"))
 crosscoder.to(cfg["device"])
 models = load_models(cfg)
 tokenizer = get_tokenizer(models)

@@ -6,6 +6,7 @@
 """
 import copy
 import ctypes
+import datetime
 import difflib
 import glob
 import io
@@ -21,7 +22,6 @@ import subprocess
 import sys
 import time
 import zlib
-from datetime import timedelta
 from functools import partial
 from importlib.metadata import distributions
 from pathlib import Path
@@ -173,6 +173,7 @@ CHOICES = {
     "preset": list(PRESETS), "activation": list(RECIPES), "center": ["true", "false"],
     "enc_dtype": ["auto", *DTYPES], "wandb_mode": ["online", "offline", "disabled"],
 }
+DEVICES = ["device", "buffer_device", "model_device"]
 MOST = 2**53  # above it floats, which all numbers are read as, leave out whole numbers
 LIMITS = {  # of numbers: the least; what they must be below; both in words. All others: above 0
     **dict.fromkeys(
@@ -186,7 +187,7 @@ USED_BY = {
 }
 MAY_CHANGE = [  # on resume; the text is known by its hash, and the models by their fingerprint
     "model_name", "resume", "keep", "save_dir", "save_every", "log_every", "eval_every", "wandb_mode",
-    "device", "buffer_device", "model_device", "model_batch_size", "tokens", "dataset", "num_tokens"]
+    "model_batch_size", "tokens", "dataset", "num_tokens", *DEVICES]
 
 
 def make_cfg(**overrides) -> dict:
@@ -210,9 +211,8 @@ def make_cfg(**overrides) -> dict:
         except Exception as error:
             raise bad("resume", str(folder), f"not a run of this version ({error!r:.200})") from None
         base |= {key: convert(key, value) for key, value in saved.items() if key in KEYS}
-        if get_ranks()[1] > 1:  # the file has the first rank's
-            base |= {"device": "auto", "buffer_device": base["buffer_device"].split(":")[0]}
-            base["model_device"] = "auto"
+        if get_ranks()[1] > 1:  # the file has the first rank's GPU
+            base |= {key: "auto" for key in DEVICES if "cuda" in base[key]}
     if "dataset" in overrides:
         base["tokens"] = []  # the preset's or the run's, which would come before it
     cfg = base | overrides
@@ -336,10 +336,9 @@ def fill_in(cfg: dict) -> None:
     best = "cuda" if torch.cuda.is_available() else "cpu"
     if cfg["device"] == "auto":
         cfg["device"] = best
-    for key in ("buffer_device", "model_device"):
+    for key in DEVICES:
         if cfg[key] == "auto":
             cfg[key] = cfg["device"]
-    for key in ("device", "buffer_device", "model_device"):
         if cfg[key] == "balanced" and key == "model_device":
             continue
         try:
@@ -408,9 +407,6 @@ def explain(error: BaseException | None) -> str:
     return otherwise
 
 
-PATIENCE = timedelta(minutes=15)  # of a rank that waits for the others
-
-
 def get_shape(models: list, cfg: dict) -> tuple[int, int]:
     """-> n_layers, d_model of the models' stacked activations"""
     return tuple(get_stacked_resids(models, torch.zeros(1, 2), cfg).shape[2:])
@@ -422,12 +418,10 @@ def load_models(cfg: dict) -> list[TransformerBridge]:
     context, does not go with the first, or has other weights than when the fingerprint was taken."""
     opened = {}
     for name in dict.fromkeys(cfg["model_name"]):
-        place = {"device": cfg["model_device"]}
-        if cfg["model_device"] == "balanced":
-            place = {"device_map": "balanced"}
+        option = "device_map" if cfg["model_device"] == "balanced" else "device"
         try:
             opened[name] = TransformerBridge.boot_transformers(
-                locate(name), dtype=DTYPES[cfg["enc_dtype"]], **place)
+                locate(name), dtype=DTYPES[cfg["enc_dtype"]], **{option: cfg["model_device"]})
         except Exception as error:
             raise bad("model_name", name, f"cannot be opened: {explain(error)}") from None
         opened[name].original_model.config.use_cache = False  # which nobody would read
@@ -702,6 +696,9 @@ def get_text(row: dict, tokenizer) -> str:
 
 
 # ---- The run -------------------------------------------------------------------------------------
+PATIENCE = datetime.timedelta(minutes=15)  # of a rank that waits for the others
+
+
 def parse_overrides(argv: list[str]) -> dict[str, str]:
     """The --key=value arguments as a dict for make_cfg, which converts and checks them."""
     overrides = {}
@@ -842,9 +839,9 @@ def handle_signals(trainer: Trainer) -> None:
         numbers.append(signal.SIGHUP)
 
     def stop(number: int, frame) -> None:
-        trainer.stop = KeyboardInterrupt(128 + number)
+        trainer.stop = trainer.stop or KeyboardInterrupt(128 + number)
         for other in numbers:
-            if trainer.n_ranks == 1:  # torchrun sends one rank's to all
+            if trainer.n_ranks == 1:  # torchrun may send a second one itself
                 signal.signal(other, signal.SIG_DFL)
 
     def save(number: int, frame) -> None:
@@ -865,40 +862,37 @@ def start(cfg: dict) -> Trainer:
     n_seqs, seq_len = all_tokens.shape
     print(f"text        {text}: {n_seqs:,} sequences of {seq_len} tokens", flush=True)
     trainer = Trainer(cfg, models, all_tokens)
-    if trainer.rank == 0:
-        note_start(trainer)
+    note_start(trainer)
     return trainer
 
 
 def join_ranks() -> None:
-    """Under torchrun, meets the other ranks. Of them all only the first talks. ValueError where a GPU or
-    the others are not there."""
+    """Under torchrun: meets the other ranks, of which the first speaks for all. ValueError where they,
+    or a GPU for this one, are not there."""
     if not dist.is_torchelastic_launched():
         return
     local_rank = int(os.environ["LOCAL_RANK"])
-    if torch.cuda.is_available():
-        if local_rank >= torch.cuda.device_count():
-            raise bad("nproc_per_node", local_rank + 1, f"there are {torch.cuda.device_count()} GPUs")
-        torch.cuda.set_device(local_rank)  # which cuda and auto stand for
+    n_gpus = torch.cuda.device_count()
+    if n_gpus:
+        if local_rank >= n_gpus:
+            raise bad("nproc_per_node", os.environ["LOCAL_WORLD_SIZE"], f"this machine has {n_gpus} GPUs")
+        torch.cuda.set_device(local_rank)  # what cuda and auto stand for
     try:
         dist.init_process_group(timeout=PATIENCE)
     except dist.DistError as error:
-        raise bad("MASTER_ADDR", os.environ["MASTER_ADDR"], f"the other ranks are not there ({error!r:.200})") from None
+        address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        raise bad("rdzv_endpoint", address, f"not all ranks came there ({error!r:.200})") from None
     if dist.get_rank() > 0:
         sys.stdout = sys.stderr = open(os.devnull, "w")
 
 
 def complain(line: str) -> None:
-    """Puts an error on stderr. torchrun ends all ranks once one has ended, so what all find, the first
-    says; another speaks for itself if it is still there after three seconds."""
+    """Puts an error on stderr. torchrun ends all ranks when one has ended; what all have found the first
+    says, and what only another has are torchrun's own last words."""
+    print(line, file=sys.stderr, flush=True)
     if dist.is_torchelastic_launched():
-        get_error_handler().record_exception(sys.exception())  # for torchrun's own summary
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    rank, _ = get_ranks()
-    if rank > 0:
-        time.sleep(3)
-        line = f"rank {rank}: {line}"
-    print(line, file=sys.stderr if rank == 0 else sys.__stderr__, flush=True)
+        time.sleep(3 * min(1, get_ranks()[0]))
+        get_error_handler().record_exception(sys.exception())
 
 
 def main(argv: list[str]) -> int:

@@ -405,8 +405,7 @@ class CrossCoder(nn.Module):
         places = (row_starts + latents).flatten()
         scores = cut(F.relu(scores), most, k * rows).flatten()
         if self.activation == "batchtopk":
-            _, chosen = scores.topk(min(k * rows, len(scores)), sorted=False)
-            chosen = chosen.sort().values
+            chosen = scores.topk(min(k * rows, len(scores)), sorted=False).indices.sort().values
             return places[chosen], scores[chosen]
         return places, scores
 
@@ -447,13 +446,10 @@ class CrossCoder(nn.Module):
         fvu = l2_loss.detach() / variance
         return LossOutput(l2_loss / batch, l1_loss, aux_loss, l0_loss.detach(), fvu, fired)
 
-    def decode_chosen(
-        self, h: Acts, places: Int[Tensor, "n"], scores: Float[Tensor, "n"]
-    ) -> tuple[Float[Tensor, "batch m"], Int[Tensor, "d_sae"]]:
-        """-> y_hat without b_dec, of the latents at these places of h.flatten() whose scores are
-        positive; rows in which each is active. Where they are few, the rows of W_dec that they need are
-        summed instead of a whole product: 1.7 times as fast at 2^16 latents on 2 cores,
-        tests/RESULTS.md, Speed."""
+    def decode_chosen(self, h: Acts, places: Int[Tensor, "n"], scores: Float[Tensor, "n"]) -> tuple:
+        """-> y_hat without b_dec, of the latents that keep keeps; rows in which each is active. Where
+        they are few, the rows of W_dec that they need are summed instead of a whole product: 1.7 times
+        as fast at 2^16 latents on 2 cores, tests/RESULTS.md, Speed."""
         batch, d_sae = h.shape
         W_dec = self.W_dec.flatten(1)
         latents = places % d_sae
@@ -483,8 +479,7 @@ class CrossCoder(nn.Module):
         lowest = largest.masked_fill(largest == -math.inf, math.inf).amin(1, keepdim=True)
         # unlike [G24]: not rectified, as a latent that is nowhere positive would get no gradient
         error_hat, _ = Product.apply(h * (scores >= lowest), W_dec.flatten(1))
-        # a plus, as the error is y_hat - y
-        left = (sum_ranks(error_hat).view_as(error) + error).pow(2).sum()
+        left = (sum_ranks(error_hat).view_as(error) + error).pow(2).sum()  # a plus: it is y_hat - y
         variance = (error - error.mean(0)).pow(2).sum()
         return left / variance.clamp(min=1e-30)
 
@@ -527,9 +522,9 @@ class CrossCoder(nn.Module):
             for rows in x.split(self.cfg["batch_size"]):
                 h = self.get_pre_acts(self.normalise(rows))
                 _, scores = self.choose(h, self.cfg["k"])
-                lowest.append(scores.masked_fill(scores < 0, math.inf).min().float())
-            lowest = gather(torch.stack(lowest)[None]).amin(0)  # of all ranks
-            self.threshold.copy_(lowest.mean())
+                scores = scores.masked_fill(scores < 0, math.inf)  # those that are not kept
+                lowest.append(gather(scores.amin(0, keepdim=True)).min().float())
+            self.threshold.copy_(torch.stack(lowest).mean())
 
     # ---- CrossCoder: files
     def save(self, path: str | Path, state: dict = {}) -> None:
@@ -537,10 +532,9 @@ class CrossCoder(nn.Module):
         manifest.json. The tensors of a trainer's state go into trainer.safetensors, all else into
         trainer.json. All ranks call it, and the first one writes. OSError where it cannot be written,
         or something is there already."""
-        tensors = {key: value for key, value in state.items() if isinstance(value, Tensor)}
+        weights = {key: join_shares(key, value) for key, value in self.state_dict().items()}
+        tensors = {key: join_shares(key, value) for key, value in state.items() if isinstance(value, Tensor)}
         others = {key: value for key, value in state.items() if key not in tensors}
-        weights = join_shares(self.state_dict())
-        tensors = join_shares(tensors)
         if get_ranks()[0] > 0:
             return
         if Path(path).exists():
@@ -575,7 +569,7 @@ class CrossCoder(nn.Module):
             is_finite = all(weight.isfinite().all() for weight in weights.values())
             if not is_finite or not weights["norm_factor"].min() > 0 or weights["W_enc"].numel() == 0:
                 raise ValueError("weights are not finite, none, or divided by 0")
-            cfg |= {"dict_size": d_sae, "device": device, "buffer_device": device}
+            cfg |= {"dict_size": d_sae, "device": device, "buffer_device": device, "model_device": device}
             crosscoder = cls(cfg, n_layers, d_model)
             crosscoder.load_state_dict(weights)
         except Exception as error:
@@ -862,32 +856,29 @@ def flush(path: Path) -> None:
 
 def get_axis(name: str, tensor: Tensor) -> int | None:
     """Along which axis the ranks share a checkpoint's tensor; None where each has all of it."""
-    if tensor.ndim == 0 or name == "norm_factor" or "b_dec" in name:
+    if get_ranks()[1] == 1 or tensor.ndim == 0 or name == "norm_factor" or "b_dec" in name:
         return None
     return 2 if "W_enc" in name else 0
 
 
-def join_shares(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """A checkpoint's tensors, of several ranks whole on the first one's CPU."""
+def join_shares(name: str, tensor: Tensor) -> Tensor:
+    """A checkpoint's tensor; of several ranks, on the first, what all have of it, on the CPU."""
+    axis = get_axis(name, tensor)
+    if axis is None:
+        return tensor.contiguous()
     rank, n_ranks = get_ranks()
-    joined = {}
-    for name, tensor in tensors.items():
-        axis = get_axis(name, tensor)
-        if n_ranks > 1 and axis is not None:
-            tensor = tensor.cpu().contiguous()
-            parts = [torch.empty_like(tensor) for _ in range(n_ranks)] if rank == 0 else None
-            dist.gather(tensor, parts)
-            tensor = torch.cat(parts or [tensor], axis)
-        joined[name] = tensor.contiguous()
-    return joined
+    tensor = tensor.cpu().contiguous()
+    parts = [torch.empty_like(tensor) for _ in range(n_ranks)] if rank == 0 else None
+    dist.gather(tensor, parts)
+    return torch.cat(parts or [tensor], axis)
 
 
 def take_share(name: str, tensor: Tensor) -> Tensor:
     """What this rank has of a checkpoint's tensor. Copied, as tensors in a file are not aligned, which
     changes some sums' last bits."""
-    rank, n_ranks = get_ranks()
     axis = get_axis(name, tensor)
     if axis is not None:
+        rank, n_ranks = get_ranks()
         tensor = tensor.tensor_split(n_ranks, axis)[rank]
     return tensor.clone()
 
@@ -1110,7 +1101,7 @@ class Trainer:
                 mode=self.cfg["wandb_mode"], resume="allow",
                 settings={"init_timeout": 30, "finish_timeout": 30})
             self.run_steps()
-            while not self.save():  # try again rather than lose it
+            while sum_ranks(torch.tensor(float(self.save() is None))) > 0:  # try again rather than lose it
                 self.agree()
                 time.sleep(5)
             final = self.evaluate()
@@ -1127,8 +1118,8 @@ class Trainer:
             self.lock.release(force=True)
 
     def agree(self) -> bool:
-        """Raises self.stop if any rank is to stop. -> whether any is to save. Signals do not come to all
-        in the same step, and all have to stop or save after the same."""
+        """Raises self.stop if any rank has one; -> whether any is to save soon. Signals do not come to
+        all ranks in the same step, and all have to stop or save after the same."""
         wishes = torch.tensor([self.stop is not None, self.save_soon]).float()
         stop, save = sum_ranks(wishes).tolist()
         if stop:
@@ -1201,15 +1192,12 @@ class Trainer:
         for name, parameter in self.crosscoder.named_parameters():
             moments = self.optimizer.state[parameter]
             state |= {f"adam.{name}.{key}": value for key, value in moments.items()}
-        failed = torch.zeros(())
         try:
             with suppress(FileExistsError):  # saved a moment ago
                 self.crosscoder.save(path, state)
             self.write_history()
         except (OSError, safetensors.SafetensorError) as error:
             tqdm.tqdm.write(f"cannot save {path} ({error})", file=sys.stderr)
-            failed += 1
-        if sum_ranks(failed) > 0:
             return None
         for old in list_checkpoints(self.run_dir)[: -self.cfg["keep"]]:
             with suppress(OSError):  # it only takes space
