@@ -833,15 +833,16 @@ def note_start(trainer: Trainer) -> None:
 
 def handle_signals(trainer: Trainer) -> None:
     """Lets SIGINT, SIGTERM and SIGHUP end the training after the step; a second one ends the
-    process at once. SIGUSR1, which schedulers send before their limit, has it save and go on."""
+    process at once, unless torchrun, which may send two, has started it. SIGUSR1, which schedulers
+    send before their limit, has it save and go on."""
     numbers = [signal.SIGINT, signal.SIGTERM]
     if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # as nohup has it
         numbers.append(signal.SIGHUP)
 
     def stop(number: int, frame) -> None:
         trainer.stop = trainer.stop or KeyboardInterrupt(128 + number)
-        for other in numbers:
-            if trainer.n_ranks == 1:  # torchrun may send a second one itself
+        if not dist.is_torchelastic_launched():
+            for other in numbers:
                 signal.signal(other, signal.SIG_DFL)
 
     def save(number: int, frame) -> None:

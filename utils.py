@@ -73,8 +73,8 @@ def gather(x: Float[Tensor, "n ..."]) -> Float[Tensor, "all ..."]:
 
 
 def sum_ranks(x: Tensor) -> Tensor:
-    """The sum of all ranks' x, in fp32. They all do the same with it, so its gradient is that of this
-    rank's x as it is; to add up the ranks' gradients would be wrong. Autograd sees the copy alone."""
+    """The sum of all ranks' x, in fp32. All make the same loss of it, and d sum / d x is 1: so this rank's
+    x has the sum's gradient, with nothing to add up. Autograd sees the copy, not what fills .data."""
     if get_ranks()[1] > 1:
         x = x.to(torch.promote_types(x.dtype, torch.float32), copy=True)
         dist.all_reduce(x.data)
@@ -82,17 +82,18 @@ def sum_ranks(x: Tensor) -> Tensor:
 
 
 def cut(scores: Float[Tensor, "rows n"], most: int, total: int) -> Float[Tensor, "rows n"]:
-    """Of scores, a rank's largest of each row: -inf instead of those that, on all ranks together, are not
-    among the `most` largest of a row, or not among the `total` largest of what that leaves."""
+    """The largest scores of each row that a rank has, with -inf for those that are not kept. Of a row the
+    `most` largest that any rank has are kept; and of these, if they are more, the `total` largest."""
     rank, n_ranks = get_ranks()
     if n_ranks == 1:
         return scores
     everyones = gather(scores[None]).movedim(0, 1)  # [rows, n_ranks, n]
-    none = torch.full_like(everyones, -math.inf).flatten(1)
-    best, places = everyones.flatten(1).topk(min(most, none.shape[1]))
-    kept, chosen = best.flatten().topk(min(total, best.numel()))
-    best = none[:, : best.shape[1]].flatten().scatter(0, chosen, kept).view_as(best)
-    return none.scatter(1, places, best).view_as(everyones)[:, rank]
+    lost = torch.full_like(everyones, -math.inf).flatten(1)
+    best, places = everyones.flatten(1).topk(min(most, lost.shape[1]), sorted=False)
+    if total < best.numel():
+        kept, chosen = best.flatten().topk(total, sorted=False)
+        best = torch.full_like(best, -math.inf).flatten().scatter(0, chosen, kept).view_as(best)
+    return lost.scatter(1, places, best).view_as(everyones)[:, rank]
 
 
 # ---- Activations ---------------------------------------------------------------------------------
@@ -136,8 +137,8 @@ class AllSeen(Exception):
 
 
 def send(tensor: Tensor, device: torch.device | str) -> Tensor:
-    """A CPU tensor on device; a GPU need not finish its work first, as from memory that is not pinned."""
-    if "cuda" in str(device):
+    """tensor on device; a GPU need not finish its work first, as from memory that is not pinned."""
+    if tensor.is_cpu and "cuda" in str(device):
         tensor = tensor.pin_memory()
     return tensor.to(device, non_blocking=True)
 
@@ -169,7 +170,8 @@ def get_stacked_resids(models: list, tokens: Tokens, cfg: dict) -> Resids:
         unseen = [i for i, source in enumerate(sources) if source.model == m]
         hooks = [(sources[i].hook, partial(collect, i=i)) for i in unseen]
         with suppress(AllSeen):
-            model.run_with_hooks(tokens.to(model.cfg.device).long(), return_type=None, fwd_hooks=hooks)
+            ids = send(tokens, model.cfg.device).long()
+            model.run_with_hooks(ids, return_type=None, fwd_hooks=hooks)
         if unseen:
             hook = sources[unseen[0]].hook
             raise bad("site", cfg["site"], f"{hook} is not computed; open the models with this cfg")
@@ -395,7 +397,7 @@ class CrossCoder(nn.Module):
     def choose(self, h: Acts, k: int) -> tuple[Int[Tensor, "n"], Float[Tensor, "n"]]:
         """topk: the k largest scores of each row; batchtopk [B24]: of all rows, k a row on average.
         -> their places in h.flatten(), row after row, in any order within one; these scores, 0 at
-        least, or -inf where other ranks have larger ones instead"""
+        least, or -inf at places that fill up the tensor, as other ranks have larger ones"""
         rows, d_sae = h.shape
         # unlike [B24]: no row keeps more than 8 k, so that the second topk below has less to sort
         most = 8 * k if self.activation == "batchtopk" else k
@@ -475,7 +477,8 @@ class CrossCoder(nn.Module):
         k = error.shape[2] // 2
         scores = h.detach() * W_dec.detach().norm(dim=-1).sum(-1)
         largest = scores.topk(min(k, len(W_dec)), sorted=False).values
-        largest = cut(F.pad(largest, (0, k - largest.shape[1]), value=-math.inf), k, k * len(h))
+        largest = F.pad(largest, (0, k - largest.shape[1]), value=-math.inf)  # as many on each rank
+        largest = cut(largest, k, k * len(h))
         lowest = largest.masked_fill(largest == -math.inf, math.inf).amin(1, keepdim=True)
         # unlike [G24]: not rectified, as a latent that is nowhere positive would get no gradient
         error_hat, _ = Product.apply(h * (scores >= lowest), W_dec.flatten(1))
@@ -571,7 +574,7 @@ class CrossCoder(nn.Module):
                 raise ValueError("weights are not finite, none, or divided by 0")
             cfg |= {"dict_size": d_sae, "device": device, "buffer_device": device, "model_device": device}
             crosscoder = cls(cfg, n_layers, d_model)
-            crosscoder.load_state_dict(weights)
+            crosscoder.load_state_dict({key: take_share(key, weights[key]) for key in weights})
         except Exception as error:
             raise bad("path", str(folder), f"it holds no crosscoder: {error!r:.200}") from None
         return crosscoder
@@ -653,7 +656,7 @@ class Buffer:
                 continue
             first_seq = start // self.rows_per_seq
             seqs = torch.arange(first_seq, math.ceil(end / self.rows_per_seq))
-            tokens = send(self.all_tokens[seqs % len(self.all_tokens)], self.cfg["device"])
+            tokens = self.all_tokens[seqs % len(self.all_tokens)]
             resids = get_stacked_resids(self.models, tokens, self.cfg)
             row_seqs = numbers[low:high] // self.rows_per_seq
             x = resids[row_seqs - first_seq, numbers[low:high] % self.rows_per_seq + 1]
@@ -683,9 +686,9 @@ class Buffer:
         slots = self.order[self.pointer : self.pointer + 4 * self.cfg["batch_size"]]
         return self.buffer[slots].to(self.cfg["device"])
 
-    def start_at(self, row: int) -> None:
-        """Goes on with the sequence after this row, and nothing of those before it."""
-        self.rows_served = self.next_row = math.ceil(row / self.rows_per_seq) * self.rows_per_seq
+    def start_at(self, seq: int) -> None:
+        """Fills an empty buffer from this sequence on."""
+        self.rows_served = self.next_row = seq * self.rows_per_seq
         self.bounds = [self.next_row]
         self.refresh()
 
@@ -996,12 +999,13 @@ class Trainer:
         self.wandb_failed = self.rank > 0  # the first rank speaks for all
         self.stop: BaseException | None = None  # train raises it after the step
         self.save_soon = False  # train saves after the step
-        if self.rank > 0:  # which writes its log where nobody reads it
+        own = {}
+        if self.rank > 0:  # whose log nobody reads
             self.temporary = tempfile.TemporaryDirectory()
-            cfg = cfg | {"save_dir": self.temporary.name, "resume": ""}
-        self.run_dir, self.lock = open_run(cfg)
-        if self.cfg["resume"]:
-            self.load(Path(self.cfg["resume"]))
+            own = {"save_dir": self.temporary.name, "resume": ""}
+        self.run_dir, self.lock = open_run(cfg | own)
+        if cfg["resume"]:
+            self.load(Path(cfg["resume"]))
             return
         self.buffer.refresh()
         if not cfg["norm"]:
@@ -1055,7 +1059,7 @@ class Trainer:
         # A step that is not finite is skipped. After MOST_SKIPPED in a row every step is skipped,
         # until run_steps ends the run at the next log. Rows first, as in one go the norm of 75
         # million numbers is off by 0.7% in fp32 on a CPU.
-        parameters = self.crosscoder.named_parameters()  # of all ranks: b_dec, which all have, once
+        parameters = self.crosscoder.named_parameters()  # every rank has all of b_dec: it counts once
         grad_norms = [p.grad.norm(dim=-1) for name, p in parameters if name != "b_dec" or self.rank == 0]
         grad_norm = sum_ranks(nn.utils.get_total_norm(grad_norms).square()).sqrt()
         skip = ~(loss.detach() + grad_norm).isfinite() | (self.skipped_in_a_row >= MOST_SKIPPED)
@@ -1094,14 +1098,13 @@ class Trainer:
         MOST_SKIPPED steps in a row are not finite."""
         self.lock.acquire()  # An earlier train() that was stopped has given it back,
         self.optimizer.zero_grad()  # and may have left gradients.
-        self.stop = None
         try:
             self.call_wandb(
                 "init", project="crosscoders", dir=self.run_dir, config=self.cfg, id=self.wandb_id,
                 mode=self.cfg["wandb_mode"], resume="allow",
                 settings={"init_timeout": 30, "finish_timeout": 30})
             self.run_steps()
-            while sum_ranks(torch.tensor(float(self.save() is None))) > 0:  # try again rather than lose it
+            while not self.save():  # try again rather than lose it
                 self.agree()
                 time.sleep(5)
             final = self.evaluate()
@@ -1116,6 +1119,7 @@ class Trainer:
         finally:
             self.call_wandb("finish")
             self.lock.release(force=True)
+            self.stop = None
 
     def agree(self) -> bool:
         """Raises self.stop if any rank has one; -> whether any is to save soon. Signals do not come to
@@ -1192,12 +1196,15 @@ class Trainer:
         for name, parameter in self.crosscoder.named_parameters():
             moments = self.optimizer.state[parameter]
             state |= {f"adam.{name}.{key}": value for key, value in moments.items()}
+        written = torch.ones(())
         try:
             with suppress(FileExistsError):  # saved a moment ago
                 self.crosscoder.save(path, state)
             self.write_history()
         except (OSError, safetensors.SafetensorError) as error:
             tqdm.tqdm.write(f"cannot save {path} ({error})", file=sys.stderr)
+            written = torch.zeros(())
+        if sum_ranks(written) < self.n_ranks:  # all wait for the one that writes
             return None
         for old in list_checkpoints(self.run_dir)[: -self.cfg["keep"]]:
             with suppress(OSError):  # it only takes space
@@ -1225,11 +1232,12 @@ class Trainer:
             self.find_dead()
         except Exception as error:
             raise bad("resume", str(folder), f"not a run of this version ({error!r:.200})") from None
-        _, n_ranks = get_ranks()
-        if self.n_ranks == n_ranks:
+        before = self.n_ranks  # when it was saved
+        _, self.n_ranks = get_ranks()
+        if before == self.n_ranks:
             self.buffer.load_state_dict(select("buffer."))
         else:
-            print(f"{folder} has {self.n_ranks} ranks' buffers; now {n_ranks} fill theirs anew", file=sys.stderr)
-            self.buffer.start_at(math.ceil(state["buffer.next_row"] * self.n_ranks / n_ranks))
-            self.n_ranks = n_ranks
+            print(f"{folder}: of {before} ranks; {self.n_ranks} begin with a new buffer", file=sys.stderr)
+            seqs = before * math.ceil(state["buffer.next_row"] / self.buffer.rows_per_seq)  # read so far
+            self.buffer.start_at(math.ceil(seqs / self.n_ranks))
         self.write_history()  # without what was logged after the checkpoint

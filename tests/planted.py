@@ -42,7 +42,7 @@ class PlantedModel:
 
     def __init__(self, activations):
         self.activations = activations  # [VOCABULARY, D_MODEL]
-        self.cfg = SimpleNamespace(n_layers=1, d_model=D_MODEL)
+        self.cfg = SimpleNamespace(n_layers=1, d_model=D_MODEL, device="cpu")
         self.hook_dict = {"blocks.0.hook_resid_post": None}
 
     def run_with_hooks(self, tokens, return_type, fwd_hooks):

@@ -166,6 +166,12 @@ def test_ranks_train_to_the_numbers_of_one_process(results, activation, n, dtype
 
 
 @pytest.mark.parametrize("n", [2, 4])
+def test_a_latent_begins_the_same_on_however_many_ranks(results, n):
+    one, many = results[1, 256]["relu", torch.float32]["start"], results[n, 256]["relu", torch.float32]["start"]
+    assert torch.equal(one["W_dec"], many["W_dec"]) and torch.equal(one["W_enc"], many["W_enc"])
+
+
+@pytest.mark.parametrize("n", [2, 4])
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_ranks_keep_exactly_what_one_process_keeps(results, activation, n):
     one, many = results[1, 256][activation, torch.float64], results[n, 256][activation, torch.float64]
@@ -250,7 +256,7 @@ def test_a_killed_rank_ends_all_in_a_line_and_one_process_can_go_on(tmp_path):
     before = load(last_of(tmp_path))
     run = Run([*SMALL, "--resume=latest"], tmp_path / "out", tmp_path / "err", threads=1)
     assert run.wait() == 0
-    assert "has 2 ranks' buffers; now 1 fill theirs anew" in (tmp_path / "err").read_text()
+    assert "of 2 ranks; 1 begin with a new buffer" in (tmp_path / "err").read_text()
     after = load(last_of(tmp_path))
     assert last_of(tmp_path).name == f"step_{STEPS:07d}"
     change = (after["W_dec"] - before["W_dec"]).norm() / before["W_dec"].norm()
