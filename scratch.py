@@ -1,14 +1,17 @@
 """Cells to copy into a notebook: looking at a trained crosscoder. Also runs from top to bottom.
 
-Every cell needs only the first, those on model diffing also the one on latent scaling, and ends in a
-figure or a small table. In a script figures go unseen: there write fig.write_html("fig.html").
+Every cell needs only the first, those on model diffing also the one on latent scaling (and their pages
+the one on latent pages), and ends in a figure, a small table or a file. In a script figures go unseen:
+there write fig.write_html("fig.html").
 """
 # %% Load a crosscoder, its models and its held-out text
+import base64
+import gzip
 import json
 import math
 import tempfile
 from contextlib import suppress
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -50,26 +53,29 @@ freqs = stats["freqs"]
 dec_norms = crosscoder.W_dec.norm(dim=-1).cpu()  # [d_sae, n_layers]
 shares = dec_norms / dec_norms.amax(1, keepdim=True)  # 1 at the source that a latent writes most to
 
-def get_acts(latents: Int[Tensor, "latent"]) -> Float[Tensor, "seq pos latent"]:
-    """The activations of latents on the held-out text; 0 at position 0, which is not trained on."""
-    acts = []
-    for tokens in held_out.split(4):
-        resids = get_stacked_resids(models, tokens, cfg)
-        acts.append(crosscoder.encode(resids)[..., latents])
-    acts = torch.cat(acts).float().cpu()
-    acts[:, 0] = 0
-    return acts
+def get_drives(crosscoder: CrossCoder, batches, mean: Tensor) -> Float[Tensor, "d_sae n_layers"]:
+    """What a latent reads: by how much its activation changes, over rows of raw activations, when one
+    source is set to its mean [n_layers, d_model], and so tells nothing: RMS of the change / RMS of the
+    activation. (Set to 0, a source would also take its share of the bias away.) After functional
+    coherence, fmxcoders, May 2026. Takes 256 x d_sae x (n_layers + 4) floats."""
+    y_mean = crosscoder.normalise(mean.float().to(crosscoder.b_dec.device))
+    base = einops.einsum(y_mean, crosscoder.W_enc, "l d_model, l d_model d_sae -> d_sae") + crosscoder.b_enc
+    changes = squares = 0
+    for y in (crosscoder.normalise(rows.float()) for x in batches for rows in x.split(256)):
+        # h is a sum over sources: each is computed once, and taken out of the whole in its turn.
+        parts = torch.bmm((y - y_mean).movedim(1, 0), crosscoder.W_enc)  # [n_layers, row, d_sae]
+        h = parts.sum(0) + base
+        acts = activate(crosscoder, h)
+        squares = squares + acts.square().sum(0)
+        changes = changes + torch.stack(
+            [(acts - activate(crosscoder, h - part)).square().sum(0) for part in parts], dim=1)
+    return (changes.sqrt() / (squares.sqrt() + 1e-8)[:, None]).cpu()
 
-def get_top(acts: Float[Tensor, "seq pos"], n: int) -> list[tuple[float, str, str, str]]:
-    """The n largest activations, each with the text before its token, the token, the text after it."""
-    top = []
-    for index in acts.flatten().topk(min(n, acts.count_nonzero())).indices.tolist():
-        seq, pos = divmod(index, acts.shape[1])
-        tokens = held_out[seq].long()
-        parts = [tokens[max(1, pos - 12) : pos], tokens[pos], tokens[pos + 1 : pos + 7]]
-        texts = [tokenizer.decode(part).replace("\n", " ") for part in parts]
-        top.append((acts[seq, pos].item(), *texts))
-    return top
+def activate(crosscoder: CrossCoder, h: Float[Tensor, "row d_sae"]) -> Float[Tensor, "row d_sae"]:
+    """Pre-activations to activations, as encode has it."""
+    if crosscoder.activation == "topk":
+        return crosscoder.keep(h, *crosscoder.choose(h, crosscoder.cfg["k"]))
+    return h * (h > crosscoder.get_thresholds())
 
 print(path, names)
 
@@ -87,10 +93,25 @@ fig_freqs = px.histogram(
           f"{(freqs > 0.1).sum()} on more than a tenth of the tokens")
 fig_freqs
 
-# %% How many sources each latent spans: those with at least a tenth of its largest norm
-spans = (shares >= 0.1).sum(1)
-fig_spans = px.histogram(x=spans, title=f"A latent spans {spans.float().mean():.2f} sources on average")
-fig_spans
+# %% What drives a latent, beside where it writes
+# Coherence: the changes that the sources make, each over the largest, summed. 1 is a latent that one
+# source drives, len(names) one that all drive alike. Spans: sources with a tenth of its largest norm.
+drives = get_drives(crosscoder, iter_rows(models, held_out, cfg), stats["mean"])  # [d_sae, n_layers]
+alive = (freqs > 0).nonzero().flatten()
+coherence = (drives.sum(1) / drives.amax(1))[alive]
+spans = (shares >= 0.1).sum(1)[alive].float()
+order = alive[(shares[alive] @ torch.arange(0.0, len(names)) / shares[alive].sum(1)).argsort()]
+titles = ["drives: change / largest", "writes: decoder norm / largest", "how many sources"]
+fig_drives = make_subplots(cols=3, subplot_titles=titles)
+for column, z in enumerate([drives / drives.amax(1, keepdim=True), shares], start=1):
+    fig_drives.add_heatmap(x=names, z=z[order].numpy(), coloraxis="coloraxis", row=1, col=column)
+for name, values in (("coherence: drive", coherence), ("spans: written", spans)):
+    fig_drives.add_histogram(x=values, name=name, xbins={"size": 0.25}, row=1, col=3)
+fig_drives.update_yaxes(title="latents, by where they write", autorange="reversed", row=1, col=1)
+fig_drives.update_layout(
+    coloraxis={"colorscale": "Viridis"}, legend_x=0.7, legend_y=1,
+    title=f"{coherence.mean():.2f} sources drive a latent; it writes to {spans.mean():.2f}")
+fig_drives
 
 # %% Decoder cosine between sources: does a latent keep its direction?
 # Weighted by the norms, so that a source where the latent is absent does not count.
@@ -138,13 +159,225 @@ for each in pair:
 closest = torch.cat([(part @ directions[-1].T).amax(1) for part in directions[0].split(1024)])
 print(f"{(closest > 0.9).float().mean():.1%} of the first's latents have a cosine above 0.9 in the last")
 
-# %% Where a latent fires most: the top tokens with their context
-# By default one that fires on about one token in 500. The token that it fires on is in [brackets].
-latent = int((freqs - 0.002).abs().argmin())
-print(f"latent {latent}: active on {freqs[latent]:.2%} of the tokens; decoder norms of {names}:")
-print(dec_norms[latent].numpy())
-for act, before, token, after in get_top(get_acts([latent])[..., 0], 12):
-    print(f"{act:7.2f}  {before[-60:]:>60}[{token}]{after}")
+# %% Latent pages: one file for a browser, a table of all latents and a page for each that is chosen
+PAGE = r"""<!doctype html><meta charset="utf-8"><meta name="viewport" content="width=device-width">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; script-src 'unsafe-inline';
+  style-src 'unsafe-inline'"><title>Latents</title><style>
+:root { color-scheme: light dark; --ink: light-dark(#222, #ddd); --dim: light-dark(#777, #999);
+  --writes: light-dark(#3b528b, #8fa8e0); --drives: light-dark(#d1603d, #f09070) }
+main { font: 15px/1.5 system-ui, sans-serif; color: var(--ink); margin: 1rem auto; max-width: 76rem }
+td, th { padding: .1rem .5rem; text-align: right; white-space: nowrap }
+.list td:last-child, .list th:last-child { text-align: left }
+th { cursor: pointer } th, .dim { color: var(--dim); font-weight: normal } table { border-collapse: collapse }
+h2 { font-size: 1rem; margin: 1rem 0 .2rem } input { font: inherit; width: 95% } a { color: var(--writes) }
+.row { display: flex; flex-wrap: wrap; gap: 0 2rem } .wide { overflow-x: auto } svg { display: block }
+.example { margin: .2rem 0; overflow-wrap: anywhere; white-space: pre-wrap } .peak { outline: 1px solid }
+</style><main></main><script>
+const main = document.querySelector("main");
+let data, sorted = "density", up = false, wanted = "";
+async function unpack(id) {
+  const bytes = Uint8Array.from(atob(document.getElementById(id).textContent), c => c.charCodeAt(0));
+  const stream = new Blob([bytes]).stream().pipeThrough(new DecompressionStream("gzip"));
+  return JSON.parse(await new Response(stream).text());
+}
+function el(tag, attributes, ...kids) {  // text goes in as text, so that none of it can be markup
+  const space = /svg|rect|circle|title/.test(tag) ? "2000/svg" : "1999/xhtml";
+  const e = document.createElementNS("http://www.w3.org/" + space, tag);
+  for (const [key, value] of Object.entries(attributes))
+    key.startsWith("on") ? e[key] = value : e.setAttribute(key, value);
+  e.append(...kids);
+  return e;
+}
+const titled = (title, ...kids) => el("div", {}, el("h2", {}, title), ...kids);
+const link = latent => el("a", {href: "#latent=" + latent}, String(latent));
+const show = v => typeof v === "number" && !Number.isInteger(v) ? v.toPrecision(3) : String(v ?? "");
+const dim = text => el("span", {class: "dim"}, text + "  ");
+function bars(values, labels, color, width, height) {
+  const step = width / values.length, scale = height / Math.max(...values, 1e-9);
+  const bar = (v, i) => el("rect", {x: i * step, y: height - v * scale, width: step - 1, height: v * scale,
+    fill: `var(--${color})`}, el("title", {}, `${labels[i]}: ${show(v)}`));
+  return el("svg", {width, height}, ...values.map(bar));
+}
+function list() {
+  const found = data.rows.filter(r => wanted === show(r.latent) || r.tokens.toLowerCase().includes(wanted));
+  found.sort((a, b) => ((a[sorted] ?? -1) > (b[sorted] ?? -1) ? 1 : -1) * (up ? 1 : -1));
+  const cell = (r, c) => c === "latent" && r.page ? link(r.latent)
+    : c === "norms" ? bars(r.norms, data.names, "writes", 60, 16) : show(r[c]);
+  const sort = c => { up = sorted === c && !up; sorted = c; list(); };
+  const mark = c => c + (sorted !== c ? "" : up ? " ▲" : " ▼");
+  const heads = data.columns.map(c => el("th", {onclick: () => sort(c)}, mark(c)));
+  const line = r => el("tr", {}, ...data.columns.map(c => el("td", {}, cell(r, c))));
+  const dot = r => el("circle", {r: 3, fill: "var(--writes)", "fill-opacity": .4,
+    cx: 333 + 66 * Math.log10(r.density), cy: 195 - 190 * (r.span - 1) / Math.max(1, data.names.length - 1),
+    onclick: () => r.page && (location.hash = "latent=" + r.latent)},
+    el("title", {}, r.latent + ": " + r.tokens));
+  const dots = el("svg", {width: 340, height: 200}, ...found.filter(r => r.density > 0).map(dot));
+  const table = el("table", {class: "list"}, el("tr", {}, ...heads), ...found.slice(0, 200).map(line));
+  document.getElementById("found").replaceChildren(
+    titled("span (upwards) against density (to the right, log)", dots),
+    titled(`${found.length} latents, the first 200`, el("div", {class: "wide"}, table)));
+}
+function example(e) {
+  const token = (text, i) => el("span", {title: e.acts[i], class: i === e.at ? "peak" : "",
+    style: `background: rgba(240, 140, 0, ${.75 * e.acts[i] / e.most})`}, text);
+  const act = dim(show(e.act) + (e.times > 1 ? " ×" + e.times : ""));
+  return el("div", {class: "example"}, act, ...e.tokens.map(token));
+}
+async function draw() {
+  const names = data.names, i = data.pages.indexOf(Number(location.hash.split("latent=")[1] ?? -1));
+  if (i < 0) {
+    const oninput = event => { wanted = event.target.value.toLowerCase(); list(); };
+    main.replaceChildren(el("h1", {}, data.title), el("input", {id: "search", value: wanted, oninput,
+      placeholder: "/ to search: a latent's number, or a token"}), el("div", {id: "found"}));
+    document.getElementById("search").focus();
+    return list();
+  }
+  const latent = data.pages[i], page = await unpack("l" + latent), row = data.rows[latent];
+  const columns = data.columns.filter(c => !["latent", "norms", "tokens"].includes(c));
+  const shade = v => `background: rgba(${v < 0 ? "220, 90, 50" : "60, 90, 200"}, ${Math.abs(v) / 2})`;
+  const cell = (v, l, k) => el("td", {style: shade(v), title: names[l] + ", " + names[k]}, show(v));
+  const cosines = page.cosines.map((r, l) => el("tr", {}, ...r.map((v, k) => cell(v, l, k))));
+  const source = color => bars(color === "writes" ? row.norms : page.drives, names, color, 220, 80);
+  const words = (tokens, l) => el("div", {}, dim(names[l]), tokens.join(" · "));
+  const links = ([l, v]) => el("div", {}, link(l), dim("  " + show(v)));
+  main.replaceChildren(
+    el("a", {href: "#"}, "all latents"), "  ← ", link(data.pages.at(i - 1)), "  → ",
+    link(data.pages.at(i + 1 - data.pages.length)), el("h1", {}, "latent " + latent),
+    el("p", {}, columns.map(c => c + " " + show(row[c])).join(", ")),
+    el("div", {class: "row"},
+      titled("writes: decoder norm", source("writes"), dim(names[0] + " …")),
+      titled("is driven by: change without", source("drives"), dim(names[0] + " …")),
+      titled("activations", bars(page.counts, page.edges, "writes", 260, 80), dim(page.percentiles)),
+      titled("cosine of decoder vectors", el("table", {}, ...cosines))),
+    ...page.bands.map(([title, examples]) => titled(title, ...examples.map(example))),
+    titled("promotes, through the final norm", ...page.promoted.map(words)),
+    titled("suppresses", ...page.suppressed.map(words)),
+    el("div", {class: "row"}, titled("nearest by decoder cosine", ...page.near.map(links)),
+      titled("nearest by tokens in common (Jaccard)", ...page.together.map(links))));
+  scrollTo(0, 0);
+}
+onhashchange = draw;
+onkeydown = event => {
+  if (event.target.tagName === "INPUT") return;
+  const i = data.pages.indexOf(Number(location.hash.split("=")[1]));
+  const step = {ArrowLeft: i - 1, ArrowRight: i + 1 - data.pages.length}[event.key];
+  if (i >= 0 && step !== undefined) location.hash = "latent=" + data.pages.at(step);
+  if (event.key === "/") { event.preventDefault(); location.hash = ""; }
+};
+onload = async () => { data = await unpack("index"); draw(); };
+</script>
+"""
+
+def pack(value) -> str:
+    """JSON, compressed, as letters that mean nothing to a browser."""
+    return base64.b64encode(gzip.compress(json.dumps(value).encode())).decode()
+
+@cache
+def show_token(token: int) -> str:
+    return tokenizer.decode([token]).replace("\n", "⏎").replace("\t", "⇥")
+
+def get_examples(acts: Float[Tensor, "seq pos"], tokens: Tensor, low: float, high: float, n: int) -> list:
+    """Up to n examples of a latent's activations between these two, from the largest on. Where the same
+    six tokens lead to it, one example stands for all."""
+    places = ((acts > low) & (acts <= high)).nonzero()
+    places = places[acts[tuple(places.T)].argsort(descending=True)]
+    if high < acts.max():  # from all over the band
+        places = places[torch.linspace(0, len(places) - 1, min(n, len(places))).long()]
+    examples = {}
+    for seq, pos in places[:200].tolist():
+        key = tuple(tokens[seq, max(0, pos - 5) : pos + 1].tolist())
+        if key in examples:
+            examples[key]["times"] += 1
+        elif len(examples) < n:
+            start = max(0, pos - 20)
+            examples[key] = {
+                "act": acts[seq, pos].item(), "most": acts.max().item(), "at": pos - start, "times": 1,
+                "tokens": [show_token(token) for token in tokens[seq, start : pos + 11].tolist()],
+                "acts": [round(act, 3) for act in acts[seq, start : pos + 11].tolist()]}
+    return [*examples.values()]
+
+def get_words(vectors: Float[Tensor, "n_layers d_model"], models: list, sign: int) -> list[list[str]]:
+    """The tokens that a latent promotes, or suppresses with sign -1, from each source in the residual
+    stream: its decoder vector through the final norm, but for the scale, and the unembedding."""
+    words = []
+    for source, vector in zip(sources, vectors.float()):
+        model = models[source.model]
+        if source.hook.rpartition("hook_")[2].startswith(("resid", "mlp_out", "attn_out")):
+            if model.cfg.normalization_type == "LN":
+                vector = vector - vector.mean()
+            logits = (sign * vector * model.ln_final.weight.to(vector)) @ model.W_U.to(vector)
+            words.append([show_token(token) for token in logits.topk(8).indices.tolist()])
+    return words
+
+def get_page(crosscoder: CrossCoder, models: list, tokens: Tensor, latent: int, acts: Tensor) -> dict:
+    """What a latent's page shows; acts [seq, pos] are its activations on tokens."""
+    most = acts.max().item()
+    bands = [("largest activations", get_examples(acts, tokens, 0, most, 12))]
+    for low, high in ((0.5, 0.75), (0.25, 0.5), (0, 0.25)):
+        examples = get_examples(acts, tokens, low * most, high * most, 4)
+        bands.append((f"from {low:.0%} to {high:.0%} of the largest", examples))
+    positive = acts[acts > 0].numpy()
+    counts, edges = np.histogram(positive, bins=30)
+    percentiles = np.percentile(np.append(positive, 0), [50, 90, 99])
+    vectors = crosscoder.W_dec[latent]
+    unit = F.normalize(vectors, dim=1)
+    cosines = F.normalize(crosscoder.W_dec.flatten(1), dim=1) @ F.normalize(vectors.flatten(), dim=0)
+    nearest = cosines.topk(min(9, len(cosines))).indices.tolist()
+    return {
+        "bands": bands, "counts": counts.tolist(), "edges": [f"from {edge:.3g}" for edge in edges[:-1]],
+        "percentiles": "half to {:.3g}, 90% to {:.3g}, 99% to {:.3g}".format(*percentiles),
+        "cosines": (unit @ unit.T).tolist(), "near": [[i, cosines[i].item()] for i in nearest if i != latent],
+        "promoted": get_words(vectors, models, 1), "suppressed": get_words(vectors, models, -1)}
+
+def write_pages(crosscoder, models: list, tokens: Tensor, latents, path: str, more: dict = {}) -> None:
+    """Writes one HTML file, which needs no network: a table of all latents, and a page for each of these.
+    more: further columns by name, [d_sae] each. Holds the activations of these latents on all tokens."""
+    latents = torch.as_tensor(latents).cpu()
+    acts = []
+    sums = 0
+    for part in tokens.split(4):
+        each = crosscoder.encode(get_stacked_resids(models, part, cfg)).float()
+        each[:, 0] = 0  # position 0 is not trained on
+        sums = sums + each.sum((0, 1)).cpu()
+        acts.append(each[..., latents].movedim(2, 0).cpu())
+    acts = torch.cat(acts, dim=1)  # [latent, seq, pos]
+    stats = get_stats(crosscoder, models, tokens, cfg)
+    drives = get_drives(crosscoder, iter_rows(models, tokens, cfg), stats["mean"])
+    norms = crosscoder.W_dec.norm(dim=-1).cpu()
+    columns = {
+        "latent": torch.arange(len(norms)), "density": stats["freqs"],
+        "mean": sums / (stats["freqs"] * acts[0, :, 1:].numel()).clamp(min=1), "norms": norms,
+        "span": norms.sum(1) / norms.amax(1).clamp(min=1e-30),
+        "coherence": drives.sum(1) / drives.amax(1).clamp(min=1e-30), **more}
+    values = [column.tolist() for column in columns.values()]
+    rows = [dict(zip(columns, row), tokens="", page=False) for row in zip(*values)]
+    fires = (acts.flatten(1) > 0).float()
+    counts = fires.sum(1)
+    pages = {}
+    for j, latent in enumerate(tqdm.tqdm(latents.tolist(), desc="latent pages")):
+        page = get_page(crosscoder, models, tokens, latent, acts[j])
+        if j % 256 == 0:
+            blocks = fires @ fires[j : j + 256].T
+        common = blocks[:, j % 256]
+        jaccard = common / (counts + counts[j] - common).clamp(min=1)
+        nearest = jaccard.topk(min(9, len(jaccard))).indices.tolist()
+        page["together"] = [[latents[i].item(), jaccard[i].item()] for i in nearest if i != j]
+        page["drives"] = drives[latent].tolist()
+        pages[f"l{latent}"] = pack(page)
+        top = [example["tokens"][example["at"]] for example in page["bands"][0][1]]
+        rows[latent] |= {"tokens": " ".join(dict.fromkeys(top)), "page": True}
+    title = f"{len(rows):,} latents of {', '.join(Path(name).name for name in cfg['model_name'])}"
+    index = {
+        "title": title, "names": names, "rows": rows, "pages": latents.tolist(),
+        "columns": [*columns, "tokens"]}
+    with open(path, "w", encoding="utf-8") as file:
+        file.write(PAGE)
+        for key, text in {"index": pack(index), **pages}.items():
+            file.write(f'<script type="text/plain" id="{key}">{text}</script>\n')
+
+chosen = (freqs > 0).nonzero().flatten()[:2048]
+write_pages(crosscoder, models, held_out, chosen, "latents.html")
+print(f"latents.html, to open in a browser: {len(freqs)} latents, {len(chosen)} with a page")
 
 # %% Steer with a latent: add its decoder vector to one source while the model writes
 i = len(sources) // 2
@@ -434,14 +667,14 @@ print("models: active latents, candidates, exclusive ones")
 for name, result in results.items():
     print(f"{name:<20}", *(int(result[key].sum()) for key in ("active", "candidate", "exclusive")))
 
-# %% Model diff: the exclusive latents, with the tokens on which they are most active
-chosen = table["exclusive"].nonzero().flatten()
-chosen = chosen[freqs[chosen].argsort(descending=True)][:20]
-acts = get_acts(chosen)
-numbers = torch.stack([chosen, table["second"][chosen], freqs[chosen], *table["nu"][:, chosen]], dim=1)
-print("latent, model, how often active, nu_eps, nu_r; most active on")
-for i, row in enumerate(numbers.numpy()):
-    print(row, [before[-12:] + token for _, before, token, _ in get_top(acts[..., i], 8)])
+# %% Model diff: pages of the exclusive latents, and of 200 others
+more = {key: table[key].int() for key in ("exclusive", "second")}
+nu_eps, nu_r = table["nu"].nan_to_num()
+more |= {"relative norm": get_relative_norms(crosscoder)[0], "nu_eps": nu_eps, "nu_r": nu_r}
+others = (table["active"] & ~table["exclusive"]).nonzero().flatten()[:200]
+chosen = torch.cat([table["exclusive"].nonzero().flatten(), others]).sort().values
+write_pages(crosscoder, models, held_out, chosen, "diff.html", more)
+print(f"diff.html: {table['exclusive'].sum()} latents are exclusive; click on that column")
 
 # %% Model diff: put what the second model's latents write into the first, and see what it says
 # Each latent's contribution to the second model takes the place of that to the first. KL: from the

@@ -29,9 +29,10 @@ RUNS = {"relu": {"l1_coeff": 2.5}, "batchtopk": {"k": 8}}
 
 
 def functions_of_scratch() -> dict:
-    """The functions of scratch.py's cells, without running the cells."""
+    """The functions of scratch.py's cells and the text that they use, without running the cells."""
     tree = ast.parse((ROOT / "scratch.py").read_text())
-    kept = [node for node in tree.body if isinstance(node, (ast.FunctionDef, ast.Import, ast.ImportFrom))]
+    kept = [node for node in tree.body if isinstance(node, (ast.FunctionDef, ast.Import, ast.ImportFrom))
+            or isinstance(node, ast.Assign) and isinstance(getattr(node.value, "value", None), str)]
     names: dict = {}
     exec(compile(ast.Module(kept, []), "scratch.py", "exec"), names)
     return names

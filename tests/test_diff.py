@@ -245,6 +245,7 @@ def test_the_cells_on_model_diffing_run_on_two_models(two, activation, capsys, g
     loaded: dict = {}
     exec(first, loaded)
     exec(scaling, loaded)
+    exec(next(cell for cell in others if cell.startswith("# %% Latent pages")).rpartition("\n\n")[0].rpartition("\nchosen")[0], loaded)
     assert loaded["table"]["active"].any()
     for cell in cells:
         names = dict(loaded)
@@ -253,5 +254,5 @@ def test_the_cells_on_model_diffing_run_on_two_models(two, activation, capsys, g
         for name in re.findall(r"^(fig_\w+)$", cell, flags=re.MULTILINE):
             assert isinstance(names[name], go.Figure) and names[name].data and names[name].layout.title.text
     out = capsys.readouterr().out
-    assert "nu_r" in out and re.search(r"the first and itself +\d+ +\d+ +\d+\n", out)
+    assert re.search(r"diff.html: \d+ latents are exclusive", out) and re.search(r"the first and itself +\d+ +\d+ +\d+\n", out)
     assert re.search(r"the second's activations +[\d.]+ +[\d.]+\n", out)

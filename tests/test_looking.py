@@ -1,0 +1,176 @@
+"""What drives a latent, by hand-made weights; and its pages, in a real browser."""
+import json
+import re
+import shutil
+import time
+
+import pytest
+import torch
+
+from conftest import ROOT, open_models
+from planted import functions_of_scratch
+from train import get_tokenizer, load_tokens, make_cfg
+from utils import CrossCoder, Trainer, get_sources, source_names
+
+SCRATCH = functions_of_scratch()
+HOSTILE = '<img src=x onerror="document.title=1"></script><script>document.title=2</script>'
+
+
+# ---- What drives a latent ------------------------------------------------------------------------
+def crosscoder_for(activation, W_enc, **overrides):
+    cfg = make_cfg(preset="tiny", activation=activation, dict_size=W_enc.shape[2], enc_dtype="fp32", device="cpu", **overrides)
+    crosscoder = CrossCoder(cfg, *W_enc.shape[:2])
+    crosscoder.W_enc.data = W_enc
+    crosscoder.b_enc.data.zero_()
+    return crosscoder
+
+
+@torch.no_grad()
+def test_coherence_is_how_many_sources_drive_a_latent():
+    W_enc = torch.zeros(3, 2, 4)
+    W_enc[0, 0, 0] = 1  # latent 0 reads source 0 alone
+    W_enc[:, 0, 1] = 1  # latent 1 reads all three alike
+    W_enc[:2, 1, 2] = 1  # latent 2 reads two; latent 3 is dead
+    crosscoder = crosscoder_for("relu", W_enc)
+    crosscoder.norm_factor.copy_(torch.tensor([2.0, 2.0, 2.0]))
+    x = 2 * torch.randn(20_000, 1, 2, generator=torch.Generator().manual_seed(0)).abs().repeat(1, 3, 1)  # alike at all sources
+    drives = SCRATCH["get_drives"](crosscoder, [x[:9000], x[9000:]], x.mean(0))
+    coherence = drives.sum(1) / drives.amax(1)
+    assert torch.allclose(coherence[:3], torch.tensor([1.0, 3.0, 2.0]), atol=1e-4)
+    assert (drives[0, 1:] == 0).all() and (drives[2, 2] == 0) and (drives[3] == 0).all()
+    # Source 0 alone, set to its mean m, leaves relu(m): the change is y - m, its RMS the standard deviation.
+    y = x[:, 0, 0] / 2
+    assert drives[0, 0] == pytest.approx((y.std(correction=0) / y.square().mean().sqrt()).item(), rel=1e-4)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("activation", ["relu", "topk", "batchtopk", "jumprelu"])
+def test_drives_are_changes_of_what_encode_gives(activation):
+    generator = torch.Generator().manual_seed(1)
+    crosscoder = crosscoder_for(activation, torch.randn(3, 5, 40, generator=generator), **({"k": 6} if "topk" in activation else {}))
+    crosscoder.b_enc.data = torch.randn(40, generator=generator)
+    crosscoder.norm_factor.copy_(torch.tensor([1.0, 2.0, 3.0]))
+    crosscoder.threshold.fill_(0.02)
+    x = torch.randn(500, 3, 5, generator=generator) + 1
+    drives = SCRATCH["get_drives"](crosscoder, [x], x.mean(0))
+    acts = crosscoder.encode(x)
+    assert (acts > 0).any(0).sum() > 30
+    for source in range(3):
+        without = x.clone()
+        without[:, source] = x.mean(0)[source]
+        change = (acts - crosscoder.encode(without)).square().sum(0).sqrt() / (acts.square().sum(0).sqrt() + 1e-8)
+        assert torch.allclose(drives[:, source], change, rtol=1e-3, atol=1e-4)
+
+
+# ---- Pages ---------------------------------------------------------------------------------------
+@pytest.fixture(scope="module")
+def pages(tmp_path_factory):
+    """The pages of a small diff of two models, one of whose tokens is hostile; its crosscoder."""
+    folder = tmp_path_factory.mktemp("pages")
+    cfg = make_cfg(
+        preset="diff-tiny", enc_dtype="fp32", batch_size=64, buffer_mult=16, dict_size=256, model_batch_size=8, eval_seqs=8,
+        num_tokens=64 * 200, device="cpu", k=12, n_exclusive=0, layers="1,3", save_dir=str(folder / "checkpoints"))
+    models = open_models(cfg)
+    tokens = load_tokens(cfg, models)[:80]
+    trainer = Trainer(cfg, models, tokens)
+    trainer.train()
+    scratch = functions_of_scratch()
+    tokenizer = get_tokenizer(models)
+    decode = tokenizer.decode
+    frequent = int(tokens[-8:, 1:].long().flatten().mode().values)
+    tokenizer.decode = lambda ids: HOSTILE if ids == [frequent] else decode(ids)
+    names = source_names(cfg, 4)
+    scratch["write_pages"].__globals__.update(cfg=cfg, tokenizer=tokenizer, sources=get_sources(models, cfg), names=names)
+    crosscoder = trainer.crosscoder
+    with torch.no_grad():
+        scratch["write_pages"](
+            crosscoder, models, tokens[-8:], range(0, 256, 2), folder / "pages.html", {"exclusive": torch.arange(256) % 3})
+    return folder / "pages.html", crosscoder
+
+
+def unpack(html, name):
+    (text,) = re.findall(f'<script type="text/plain" id="{name}">(.*)</script>', html)
+    return json.loads(SCRATCH["gzip"].decompress(SCRATCH["base64"].b64decode(text)))
+
+
+def test_a_page_says_what_is_so(pages):
+    path, crosscoder = pages
+    html = path.read_text()
+    index = unpack(html, "index")
+    assert index["pages"] == [*range(0, 256, 2)] and len(index["rows"]) == 256
+    row = max((row for row in index["rows"] if row["page"]), key=lambda row: row["density"])
+    norms = crosscoder.W_dec[row["latent"]].norm(dim=-1)
+    assert row["norms"] == pytest.approx(norms.tolist(), rel=1e-5) and row["span"] == pytest.approx((norms.sum() / norms.max()).item(), rel=1e-5)
+    page = unpack(html, f"l{row['latent']}")
+    examples = page["bands"][0][1]
+    assert [example["act"] for example in examples] == sorted((example["act"] for example in examples), reverse=True)
+    for title, examples in page["bands"]:
+        for example in examples:
+            assert example["acts"][example["at"]] == pytest.approx(example["act"], abs=1e-3)
+            assert len(example["tokens"]) == len(example["acts"])
+    assert sum(page["counts"]) == round(row["density"] * 8 * 127)
+    assert len(page["promoted"]) == 4 and row["latent"] not in [latent for latent, _ in page["near"] + page["together"]]
+
+
+def test_no_text_can_be_markup(pages):
+    html = pages[0].read_text()
+    assert "onerror" not in html and html.count("<script") == 2 + 128  # the code, the index, the pages
+
+
+@pytest.fixture(scope="module")
+def browser():
+    selenium = pytest.importorskip("selenium.webdriver", reason="no selenium: pip install selenium")
+    chromium, driver = shutil.which("chromium"), shutil.which("chromedriver")
+    if not chromium or not driver:
+        pytest.skip("no Chromium with its driver: apt install chromium chromium-driver")
+    options = selenium.ChromeOptions()
+    options.binary_location = chromium
+    for argument in ("--headless=new", "--no-sandbox", "--disable-gpu", "--window-size=1280,1000"):
+        options.add_argument(argument)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
+    from selenium.webdriver.chrome.service import Service
+
+    browser = selenium.Chrome(options=options, service=Service(driver))
+    yield browser
+    browser.quit()
+
+
+def until(condition, within=10):
+    start = time.time()
+    while not condition():
+        assert time.time() < start + within
+        time.sleep(0.02)
+
+
+@pytest.mark.parametrize("width", [1280, 390])
+def test_in_a_browser_one_goes_from_the_table_to_a_latent_and_on(pages, browser, width):
+    find = lambda css: browser.find_elements("css selector", css)
+    heading = lambda: [element.text for element in find("h1")]
+    browser.set_window_size(width, 1000)
+    browser.get("about:blank")
+    browser.get(f"file://{pages[0]}")
+    until(lambda: find("td a"))
+    assert browser.title == "Latents" and heading() == ["256 latents of base, tuned"]
+    assert len(find("circle")) > 100
+    find("td a")[3].click()
+    until(lambda: find(".example"))
+    (first,) = heading()
+    assert re.fullmatch(r"latent \d+", first) and len(find("svg")) == 3
+    assert browser.execute_script("return document.documentElement.scrollWidth <= innerWidth")
+    browser.find_element("css selector", ".row:last-child a").click()  # a neighbour, if it has a page
+    browser.switch_to.active_element.send_keys("\ue014")  # right
+    until(lambda: heading() != [first])
+    browser.switch_to.active_element.send_keys("/")
+    until(lambda: find("#search"))
+    find("#search")[0].send_keys("onerror")
+    until(lambda: "latents, the first 200" in find("#found")[0].text)
+    assert 0 < len(find("tr")) - 1 < 256 and HOSTILE in find("#found")[0].text
+    find("th")[1].click()
+    assert "density ▲" in find("tr")[0].text
+    browser.get(f"file://{pages[0]}#latent=128")
+    until(lambda: heading() == ["latent 128"])
+    assert browser.title == "Latents"
+    assert not browser.get_log("browser")
+    requests = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]
+    urls = [message["params"]["request"]["url"] for message in requests if message["method"] == "Network.requestWillBeSent"]
+    assert {url.split("#")[0] for url in urls} <= {f"file://{pages[0]}", "about:blank"}
