@@ -53,6 +53,31 @@ freqs = stats["freqs"]
 dec_norms = crosscoder.W_dec.norm(dim=-1).cpu()  # [d_sae, n_layers]
 shares = dec_norms / dec_norms.amax(1, keepdim=True)  # 1 at the source that a latent writes most to
 
+@cache
+def show_token(token: int) -> str:
+    """A token as text on one line."""
+    return tokenizer.decode([token]).replace("\n", "⏎").replace("\t", "⇥")
+
+def get_examples(acts: Float[Tensor, "seq pos"], tokens: Tensor, low: float, high: float, n: int) -> list:
+    """Up to n examples of a latent's activations between these two, from the largest on. Where the same
+    six tokens lead to it, one example stands for all."""
+    places = ((acts > low) & (acts <= high)).nonzero()
+    places = places[acts[tuple(places.T)].argsort(descending=True)]
+    if high < acts.max():  # from all over the band
+        places = places[torch.linspace(0, len(places) - 1, min(n, len(places))).long()]
+    examples = {}
+    for seq, pos in places[:200].tolist():
+        key = tuple(tokens[seq, max(0, pos - 5) : pos + 1].tolist())
+        if key in examples:
+            examples[key]["times"] += 1
+        elif len(examples) < n:
+            start = max(0, pos - 20)
+            examples[key] = {
+                "act": acts[seq, pos].item(), "most": acts.max().item(), "at": pos - start, "times": 1,
+                "tokens": [show_token(token) for token in tokens[seq, start : pos + 11].tolist()],
+                "acts": [round(act, 3) for act in acts[seq, start : pos + 11].tolist()]}
+    return [*examples.values()]
+
 def get_drives(crosscoder: CrossCoder, batches, mean: Tensor) -> Float[Tensor, "d_sae n_layers"]:
     """What a latent reads: by how much its activation changes, over rows of raw activations, when one
     source is set to its mean [n_layers, d_model], and so tells nothing: RMS of the change / RMS of the
@@ -95,22 +120,23 @@ fig_freqs
 
 # %% What drives a latent, beside where it writes
 # Coherence: the changes that the sources make, each over the largest, summed. 1 is a latent that one
-# source drives, len(names) one that all drive alike. Spans: sources with a tenth of its largest norm.
+# source drives, len(names) one that all drive alike. Span: the same of its decoder norms.
 drives = get_drives(crosscoder, iter_rows(models, held_out, cfg), stats["mean"])  # [d_sae, n_layers]
 alive = (freqs > 0).nonzero().flatten()
 coherence = (drives.sum(1) / drives.amax(1))[alive]
-spans = (shares >= 0.1).sum(1)[alive].float()
+spans = shares.sum(1)[alive]
 order = alive[(shares[alive] @ torch.arange(0.0, len(names)) / shares[alive].sum(1)).argsort()]
 titles = ["drives: change / largest", "writes: decoder norm / largest", "how many sources"]
 fig_drives = make_subplots(cols=3, subplot_titles=titles)
 for column, z in enumerate([drives / drives.amax(1, keepdim=True), shares], start=1):
     fig_drives.add_heatmap(x=names, z=z[order].numpy(), coloraxis="coloraxis", row=1, col=column)
-for name, values in (("coherence: drive", coherence), ("spans: written", spans)):
-    fig_drives.add_histogram(x=values, name=name, xbins={"size": 0.25}, row=1, col=3)
-fig_drives.update_yaxes(title="latents, by where they write", autorange="reversed", row=1, col=1)
+    fig_drives.update_yaxes(autorange="reversed", title="latents, by where they write", row=1, col=column)
+for name, values in (("coherence: driven by", coherence), ("span: written to", spans)):
+    fig_drives.add_histogram(x=values, name=name, xbins={"size": 0.1}, row=1, col=3)
 fig_drives.update_layout(
-    coloraxis={"colorscale": "Viridis"}, legend_x=0.7, legend_y=1,
+    coloraxis={"colorscale": "Viridis"}, legend={"orientation": "h", "x": 0.7}, barmode="overlay",
     title=f"{coherence.mean():.2f} sources drive a latent; it writes to {spans.mean():.2f}")
+fig_drives.update_traces(opacity=0.6, selector={"type": "histogram"})
 fig_drives
 
 # %% Decoder cosine between sources: does a latent keep its direction?
@@ -167,7 +193,7 @@ PAGE = r"""<!doctype html><meta charset="utf-8"><meta name="viewport" content="w
   --writes: light-dark(#3b528b, #8fa8e0); --drives: light-dark(#d1603d, #f09070) }
 main { font: 15px/1.5 system-ui, sans-serif; color: var(--ink); margin: 1rem auto; max-width: 76rem }
 td, th { padding: .1rem .5rem; text-align: right; white-space: nowrap }
-.list td:last-child, .list th:last-child { text-align: left }
+.list td:nth-child(2), .list th:nth-child(2) { text-align: left }
 th { cursor: pointer } th, .dim { color: var(--dim); font-weight: normal } table { border-collapse: collapse }
 h2 { font-size: 1rem; margin: 1rem 0 .2rem } input { font: inherit; width: 95% } a { color: var(--writes) }
 .row { display: flex; flex-wrap: wrap; gap: 0 2rem } .wide { overflow-x: auto } svg { display: block }
@@ -189,7 +215,7 @@ function el(tag, attributes, ...kids) {  // text goes in as text, so that none o
   return e;
 }
 const titled = (title, ...kids) => el("div", {}, el("h2", {}, title), ...kids);
-const link = latent => el("a", {href: "#latent=" + latent}, String(latent));
+const link = l => data.rows[l].page ? el("a", {href: "#latent=" + l}, String(l)) : String(l);
 const show = v => typeof v === "number" && !Number.isInteger(v) ? v.toPrecision(3) : String(v ?? "");
 const dim = text => el("span", {class: "dim"}, text + "  ");
 function bars(values, labels, color, width, height) {
@@ -201,8 +227,8 @@ function bars(values, labels, color, width, height) {
 function list() {
   const found = data.rows.filter(r => wanted === show(r.latent) || r.tokens.toLowerCase().includes(wanted));
   found.sort((a, b) => ((a[sorted] ?? -1) > (b[sorted] ?? -1) ? 1 : -1) * (up ? 1 : -1));
-  const cell = (r, c) => c === "latent" && r.page ? link(r.latent)
-    : c === "norms" ? bars(r.norms, data.names, "writes", 60, 16) : show(r[c]);
+  const norms = r => bars(r.norms, data.names, "writes", 60, 16);
+  const cell = (r, c) => c === "latent" ? link(r.latent) : c === "norms" ? norms(r) : show(r[c]);
   const sort = c => { up = sorted === c && !up; sorted = c; list(); };
   const mark = c => c + (sorted !== c ? "" : up ? " ▲" : " ▼");
   const heads = data.columns.map(c => el("th", {onclick: () => sort(c)}, mark(c)));
@@ -271,30 +297,6 @@ onload = async () => { data = await unpack("index"); draw(); };
 def pack(value) -> str:
     """JSON, compressed, as letters that mean nothing to a browser."""
     return base64.b64encode(gzip.compress(json.dumps(value).encode())).decode()
-
-@cache
-def show_token(token: int) -> str:
-    return tokenizer.decode([token]).replace("\n", "⏎").replace("\t", "⇥")
-
-def get_examples(acts: Float[Tensor, "seq pos"], tokens: Tensor, low: float, high: float, n: int) -> list:
-    """Up to n examples of a latent's activations between these two, from the largest on. Where the same
-    six tokens lead to it, one example stands for all."""
-    places = ((acts > low) & (acts <= high)).nonzero()
-    places = places[acts[tuple(places.T)].argsort(descending=True)]
-    if high < acts.max():  # from all over the band
-        places = places[torch.linspace(0, len(places) - 1, min(n, len(places))).long()]
-    examples = {}
-    for seq, pos in places[:200].tolist():
-        key = tuple(tokens[seq, max(0, pos - 5) : pos + 1].tolist())
-        if key in examples:
-            examples[key]["times"] += 1
-        elif len(examples) < n:
-            start = max(0, pos - 20)
-            examples[key] = {
-                "act": acts[seq, pos].item(), "most": acts.max().item(), "at": pos - start, "times": 1,
-                "tokens": [show_token(token) for token in tokens[seq, start : pos + 11].tolist()],
-                "acts": [round(act, 3) for act in acts[seq, start : pos + 11].tolist()]}
-    return [*examples.values()]
 
 def get_words(vectors: Float[Tensor, "n_layers d_model"], models: list, sign: int) -> list[list[str]]:
     """The tokens that a latent promotes, or suppresses with sign -1, from each source in the residual
@@ -365,11 +367,11 @@ def write_pages(crosscoder, models: list, tokens: Tensor, latents, path: str, mo
         page["drives"] = drives[latent].tolist()
         pages[f"l{latent}"] = pack(page)
         top = [example["tokens"][example["at"]] for example in page["bands"][0][1]]
-        rows[latent] |= {"tokens": " ".join(dict.fromkeys(top)), "page": True}
+        rows[latent] |= {"tokens": " ".join(dict.fromkeys(top[:8])), "page": True}
     title = f"{len(rows):,} latents of {', '.join(Path(name).name for name in cfg['model_name'])}"
     index = {
         "title": title, "names": names, "rows": rows, "pages": latents.tolist(),
-        "columns": [*columns, "tokens"]}
+        "columns": ["latent", "tokens", *[name for name in columns if name != "latent"]]}
     with open(path, "w", encoding="utf-8") as file:
         file.write(PAGE)
         for key, text in {"index": pack(index), **pages}.items():
@@ -378,6 +380,56 @@ def write_pages(crosscoder, models: list, tokens: Tensor, latents, path: str, mo
 chosen = (freqs > 0).nonzero().flatten()[:2048]
 write_pages(crosscoder, models, held_out, chosen, "latents.html")
 print(f"latents.html, to open in a browser: {len(freqs)} latents, {len(chosen)} with a page")
+
+# %% Which latents are active on a text of your own, and how strongly
+def find_latents(text: str, n: int = 4) -> list[tuple[str, list[tuple[int, float]]]]:
+    """For each token of a text the latents with the largest scores, and their activations."""
+    ids = [int(held_out[0, 0]), *tokenizer(text, add_special_tokens=False).input_ids]  # after BOS
+    acts = crosscoder.encode(get_stacked_resids(models, torch.tensor([ids]), cfg))[0, 1:].float()
+    best = (acts * crosscoder.get_decoder_norms()).topk(n).indices.tolist()
+    tops = [[(i, round(row[i].item(), 2)) for i in top if row[i] > 0] for row, top in zip(acts, best)]
+    return [(tokenizer.decode([token]), top) for token, top in zip(ids[1:], tops)]
+
+for token, top in find_latents("And the king said unto the people, Go up"):
+    print(f"{token:>12}  " + ", ".join(f"{latent}: {act}" for latent, act in top))
+
+# %% The latents most specific to a source: by its share of what they write, of what drives them
+drives = get_drives(crosscoder, iter_rows(models, held_out, cfg), stats["mean"])
+for kind, sizes in (("write", dec_norms), ("are driven", drives)):
+    parts = sizes / sizes.sum(1, keepdim=True).clamp(min=1e-30) * (freqs > 0)[:, None]
+    for name, part in zip(names, parts.T):
+        top = [f"{latent} ({part[latent]:.0%})" for latent in part.topk(5).indices.tolist()]
+        print(f"{kind} most by {name}: {', '.join(top)}")
+
+# %% For automatic interpretation: files that EleutherAI's delphi reads, and a JSONL for anyone
+def write_examples(crosscoder, models: list, tokens: Tensor, latents, folder: str | Path) -> None:
+    """latents/crosscoder, as delphi caches them: locations [n, 3] (sequence, position, latent), activations
+    [n] and tokens in one file, and config.json. examples.jsonl: of each latent the largest activations, and
+    others from all over, each with the tokens around it and their activations."""
+    latents = torch.as_tensor(latents).cpu()
+    acts = []
+    for part in tokens.split(4):
+        acts.append(crosscoder.encode(get_stacked_resids(models, part, cfg))[..., latents].float().cpu())
+    acts = torch.cat(acts)  # [seq, pos, latent]
+    acts[:, 0] = 0  # position 0 is not trained on
+    places = acts.nonzero()
+    values = acts[tuple(places.T)]
+    places[:, 2] = latents[places[:, 2]]
+    module = Path(folder) / "latents" / "crosscoder"
+    module.mkdir(parents=True, exist_ok=True)
+    cache = {"locations": places.int().contiguous(), "activations": values.half(), "tokens": tokens.int()}
+    safetensors.torch.save_file(cache, module / f"0_{cfg['dict_size'] - 1}.safetensors")
+    about = {"model_name": cfg["model_name"][0], "ctx_len": cfg["seq_len"], "n_tokens": tokens.numel()}
+    (module / "config.json").write_text(json.dumps(about))
+    with open(Path(folder) / "examples.jsonl", "w") as file:
+        for latent, act in zip(latents.tolist(), acts.unbind(2)):
+            most = act.max().item()
+            top = get_examples(act, tokens, 0, most, 20)
+            others = get_examples(act, tokens, 0, 0.99 * most, 20)
+            file.write(json.dumps({"latent": latent, "top": top, "others": others}) + "\n")
+
+write_examples(crosscoder, models, held_out, (freqs > 0).nonzero().flatten()[:100], "interpret")
+print("interpret/latents for delphi, interpret/examples.jsonl for others: 100 latents")
 
 # %% Steer with a latent: add its decoder vector to one source while the model writes
 i = len(sources) // 2
@@ -668,9 +720,10 @@ for name, result in results.items():
     print(f"{name:<20}", *(int(result[key].sum()) for key in ("active", "candidate", "exclusive")))
 
 # %% Model diff: pages of the exclusive latents, and of 200 others
-more = {key: table[key].int() for key in ("exclusive", "second")}
 nu_eps, nu_r = table["nu"].nan_to_num()
-more |= {"relative norm": get_relative_norms(crosscoder)[0], "nu_eps": nu_eps, "nu_r": nu_r}
+more = {
+    "exclusive": table["exclusive"].int(), "relative norm": get_relative_norms(crosscoder)[0],
+    "nu_eps": nu_eps, "nu_r": nu_r}
 others = (table["active"] & ~table["exclusive"]).nonzero().flatten()[:200]
 chosen = torch.cat([table["exclusive"].nonzero().flatten(), others]).sort().values
 write_pages(crosscoder, models, held_out, chosen, "diff.html", more)

@@ -13,11 +13,13 @@ from pathlib import Path
 
 import numpy as np
 import plotly.graph_objects as go
+import torch
 from plotly.subplots import make_subplots
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
+from planted import functions_of_scratch
 from train import load_models, load_tokens, make_cfg, parse_overrides
-from utils import Trainer
+from utils import Trainer, get_stats, iter_rows
 
 SPARSITIES = {  # chosen so that the L0 overlap
     "relu": ("l1_coeff", (1, 1.5, 2.5, 4)),
@@ -31,30 +33,37 @@ COLUMNS = {
     "span": "layers a latent spans"}
 
 
+get_drives = functions_of_scratch()["get_drives"]
+
+
 def train(cfg: dict, models: list, all_tokens) -> dict:
     """One run. -> its last evaluation, and over how many sources a latent spans: where its decoder norm is
-    at least a tenth of its largest, mean over latents alive"""
+    at least a tenth of its largest, mean over latents alive; and how many drive it, its coherence"""
     trainer = Trainer(cfg, models, all_tokens)
     start = trainer.evaluate()["fvu/all"]
     metrics = trainer.train()
     norms = trainer.crosscoder.W_dec.detach().norm(dim=-1)  # [d_sae, n_layers]
     spans = (norms >= 0.1 * norms.amax(1, keepdim=True)).sum(1).float()
     alive = trainer.tokens_since_fired < cfg["dead_after"]
-    return {**metrics, "span": spans[alive].mean().item(), "fvu_at_step_0": start}
+    mean = get_stats(trainer.crosscoder, models, trainer.eval_tokens, cfg)["mean"]
+    with torch.no_grad():
+        drives = get_drives(trainer.crosscoder, iter_rows(models, trainer.eval_tokens, cfg), mean)
+    coherence = (drives.sum(1) / drives.amax(1))[drives.amax(1) > 0].mean().item()
+    return {**metrics, "span": spans[alive].mean().item(), "coherence": coherence, "fvu_at_step_0": start}
 
 
 def table(rows: list[dict]) -> str:
     """A line for each activation and sparsity: means over the seeds, and for FVU the largest distance."""
     lines = [
-        "| activation | sparsity | L0 | FVU | CE delta | dead | layers spanned | FVU at step 0 |",
-        "|" + "---|" * 8]
+        "| activation | sparsity | L0 | FVU | CE delta | dead | layers spanned | coherence | FVU at step 0 |",
+        "|" + "---|" * 9]
     for activation, (key, values) in SPARSITIES.items():
         for value in values:
             runs = [row for row in rows if (row["activation"], row["value"]) == (activation, value)]
             if not runs:
                 continue
             mean = {}
-            for name in (*COLUMNS, "sparsity/l0", "fvu_at_step_0"):
+            for name in (*COLUMNS, "sparsity/l0", "coherence", "fvu_at_step_0"):
                 mean[name] = np.mean([row[name] for row in runs])
             fvu = f"{mean['fvu/all']:.4f}"
             if len(runs) > 1:
@@ -63,7 +72,7 @@ def table(rows: list[dict]) -> str:
             lines.append(
                 f"| {activation} | {key}={value} | {mean['sparsity/l0']:.1f} | {fvu} | "
                 f"{mean['ce/delta_all']:+.3f} | {mean['sparsity/dead']:.1%} | {mean['span']:.2f} | "
-                f"{mean['fvu_at_step_0']:.2f} |")
+                f"{mean['coherence']:.2f} | {mean['fvu_at_step_0']:.2f} |")
     return "\n".join(lines)
 
 

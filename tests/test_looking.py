@@ -5,12 +5,13 @@ import shutil
 import time
 
 import pytest
+import safetensors.numpy
 import torch
 
 from conftest import ROOT, open_models
 from planted import functions_of_scratch
 from train import get_tokenizer, load_tokens, make_cfg
-from utils import CrossCoder, Trainer, get_sources, source_names
+from utils import CrossCoder, Trainer, get_sources, get_stacked_resids, source_names
 
 SCRATCH = functions_of_scratch()
 HOSTILE = '<img src=x onerror="document.title=1"></script><script>document.title=2</script>'
@@ -85,7 +86,7 @@ def pages(tmp_path_factory):
     with torch.no_grad():
         scratch["write_pages"](
             crosscoder, models, tokens[-8:], range(0, 256, 2), folder / "pages.html", {"exclusive": torch.arange(256) % 3})
-    return folder / "pages.html", crosscoder
+    return folder / "pages.html", crosscoder, (cfg, models, tokens[-8:])
 
 
 def unpack(html, name):
@@ -94,7 +95,7 @@ def unpack(html, name):
 
 
 def test_a_page_says_what_is_so(pages):
-    path, crosscoder = pages
+    path, crosscoder, _ = pages
     html = path.read_text()
     index = unpack(html, "index")
     assert index["pages"] == [*range(0, 256, 2)] and len(index["rows"]) == 256
@@ -157,7 +158,10 @@ def test_in_a_browser_one_goes_from_the_table_to_a_latent_and_on(pages, browser,
     (first,) = heading()
     assert re.fullmatch(r"latent \d+", first) and len(find("svg")) == 3
     assert browser.execute_script("return document.documentElement.scrollWidth <= innerWidth")
-    browser.find_element("css selector", ".row:last-child a").click()  # a neighbour, if it has a page
+    find(".row:last-child a")[0].click()  # a neighbour
+    until(lambda: heading() != [first])
+    (first,) = heading()
+    assert re.fullmatch(r"latent \d+", first)
     browser.switch_to.active_element.send_keys("\ue014")  # right
     until(lambda: heading() != [first])
     browser.switch_to.active_element.send_keys("/")
@@ -174,3 +178,45 @@ def test_in_a_browser_one_goes_from_the_table_to_a_latent_and_on(pages, browser,
     requests = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]
     urls = [message["params"]["request"]["url"] for message in requests if message["method"] == "Network.requestWillBeSent"]
     assert {url.split("#")[0] for url in urls} <= {f"file://{pages[0]}", "about:blank"}
+
+
+# ---- Lists and files -----------------------------------------------------------------------------
+@torch.no_grad()
+def test_what_delphi_reads_is_what_encode_gives(pages, tmp_path):
+    _, crosscoder, (cfg, models, tokens) = pages
+    SCRATCH["write_examples"].__globals__.update(cfg=cfg, tokenizer=get_tokenizer(models))
+    latents = [3, 50, 200]
+    SCRATCH["write_examples"](crosscoder, models, tokens, latents, tmp_path)
+    # As delphi's TensorBuffer and LatentDataset have it: START_END.safetensors, latents counted from START.
+    (file,) = (tmp_path / "latents" / "crosscoder").glob("*.safetensors")
+    assert file.name == "0_255.safetensors"
+    cache = safetensors.numpy.load_file(file)
+    acts = crosscoder.encode(get_stacked_resids(models, tokens, cfg)).float()
+    acts[:, 0] = 0
+    found = torch.zeros_like(acts)
+    found[tuple(torch.tensor(cache["locations"].astype("int64")).T)] = torch.tensor(cache["activations"]).float()
+    assert torch.allclose(found[..., latents], acts[..., latents], rtol=1e-3) and (cache["tokens"] == tokens.numpy()).all()
+    assert len(cache["activations"]) == (acts[..., latents] > 0).sum()
+    config = json.loads((file.parent / "config.json").read_text())
+    assert config["ctx_len"] == 128 and config["model_name"].endswith("base")
+    rows = [json.loads(line) for line in (tmp_path / "examples.jsonl").read_text().splitlines()]
+    assert [row["latent"] for row in rows] == latents
+    for row in rows:
+        for example in row["top"] + row["others"]:
+            assert example["acts"][example["at"]] == pytest.approx(example["act"], abs=1e-3)
+
+
+@torch.no_grad()
+def test_latents_of_a_text_are_those_that_encode_gives(pages):
+    _, crosscoder, (cfg, models, _) = pages
+    tokenizer = get_tokenizer(models)
+    SCRATCH["find_latents"].__globals__.update(
+        cfg=cfg, models=models, crosscoder=crosscoder, tokenizer=tokenizer, held_out=torch.tensor([[tokenizer.bos_token_id]]))
+    found = SCRATCH["find_latents"]("And God said, Let there be light", n=3)
+    ids = torch.tensor([[tokenizer.bos_token_id, *tokenizer.encode("And God said, Let there be light", add_special_tokens=False)]])
+    acts = crosscoder.encode(get_stacked_resids(models, ids, cfg))[0]
+    assert "".join(token for token, _ in found) == "And God said, Let there be light"
+    for (_, top), row in zip(found, acts[1:]):
+        assert top and all(act == pytest.approx(row[latent].item(), abs=0.006) for latent, act in top)
+        scores = row * crosscoder.get_decoder_norms()
+        assert scores[top[0][0]] == scores.max()
