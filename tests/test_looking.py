@@ -3,12 +3,18 @@ import json
 import re
 import shutil
 import time
+from contextlib import suppress
 
 import pytest
 import safetensors.numpy
 import torch
 
-from conftest import ROOT, open_models
+with suppress(ImportError):  # the tests that need it are skipped without it
+    from selenium import webdriver
+    from selenium.webdriver.common.action_chains import ActionChains
+    from selenium.webdriver.common.keys import Keys
+
+from conftest import open_models
 from planted import functions_of_scratch
 from train import get_tokenizer, load_tokens, make_cfg
 from utils import CrossCoder, Trainer, get_sources, get_stacked_resids, source_names
@@ -120,18 +126,16 @@ def test_no_text_can_be_markup(pages):
 
 @pytest.fixture(scope="module")
 def browser():
-    selenium = pytest.importorskip("selenium.webdriver", reason="no selenium: pip install selenium")
+    pytest.importorskip("selenium", reason="no selenium: pip install selenium")
     chromium, driver = shutil.which("chromium"), shutil.which("chromedriver")
     if not chromium or not driver:
         pytest.skip("no Chromium with its driver: apt install chromium chromium-driver")
-    options = selenium.ChromeOptions()
+    options = webdriver.ChromeOptions()
     options.binary_location = chromium
     for argument in ("--headless=new", "--no-sandbox", "--disable-gpu", "--window-size=1280,1000"):
         options.add_argument(argument)
     options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
-    from selenium.webdriver.chrome.service import Service
-
-    browser = selenium.Chrome(options=options, service=Service(driver))
+    browser = webdriver.Chrome(options=options, service=webdriver.ChromeService(driver))
     yield browser
     browser.quit()
 
@@ -145,34 +149,35 @@ def until(condition, within=10):
 
 @pytest.mark.parametrize("width", [1280, 390])
 def test_in_a_browser_one_goes_from_the_table_to_a_latent_and_on(pages, browser, width):
-    find = lambda css: browser.find_elements("css selector", css)
-    heading = lambda: [element.text for element in find("h1")]
+    run = browser.execute_script
+    texts = lambda css: run("return [...document.querySelectorAll(arguments[0])].map(e => e.textContent)", css)
+    click = lambda css, i=0: run("document.querySelectorAll(arguments[0])[arguments[1]].click()", css, i)
+    press = lambda key: ActionChains(browser).send_keys(key).perform()
     browser.set_window_size(width, 1000)
     browser.get("about:blank")
     browser.get(f"file://{pages[0]}")
-    until(lambda: find("td a"))
-    assert browser.title == "Latents" and heading() == ["256 latents of base, tuned"]
-    assert len(find("circle")) > 100
-    find("td a")[3].click()
-    until(lambda: find(".example"))
-    (first,) = heading()
-    assert re.fullmatch(r"latent \d+", first) and len(find("svg")) == 3
-    assert browser.execute_script("return document.documentElement.scrollWidth <= innerWidth")
-    find(".row:last-child a")[0].click()  # a neighbour
-    until(lambda: heading() != [first])
-    (first,) = heading()
-    assert re.fullmatch(r"latent \d+", first)
-    browser.switch_to.active_element.send_keys("\ue014")  # right
-    until(lambda: heading() != [first])
-    browser.switch_to.active_element.send_keys("/")
-    until(lambda: find("#search"))
-    find("#search")[0].send_keys("onerror")
-    until(lambda: "latents, the first 200" in find("#found")[0].text)
-    assert 0 < len(find("tr")) - 1 < 256 and HOSTILE in find("#found")[0].text
-    find("th")[1].click()
-    assert "density ▲" in find("tr")[0].text
+    until(lambda: texts("td a"))
+    assert browser.title == "Latents" and texts("h1") == ["256 latents of base, tuned"]
+    assert len(texts("circle")) > 100
+    first = texts("td a")[3]
+    click("td a", 3)
+    until(lambda: texts(".example"))
+    assert texts("h1") == [f"latent {first}"] and len(texts("svg")) == 3
+    assert run("return document.documentElement.scrollWidth <= innerWidth")
+    second = texts(".row:last-child a")[0]
+    click(".row:last-child a")  # a neighbour
+    until(lambda: texts("h1") == [f"latent {second}"])
+    press(Keys.ARROW_RIGHT)
+    until(lambda: texts("h1") == [f"latent {(int(second) + 2) % 256}"])
+    press("/")
+    until(lambda: texts("#search"))
+    press("onerror")
+    until(lambda: len(texts("tr")) - 1 < 200)
+    assert len(texts("tr")) > 1 and all(HOSTILE in text for text in texts("tr")[1:])
+    click("th", texts("th").index("density ▼"))
+    assert "density ▲" in texts("th")
     browser.get(f"file://{pages[0]}#latent=128")
-    until(lambda: heading() == ["latent 128"])
+    until(lambda: texts("h1") == ["latent 128"])
     assert browser.title == "Latents"
     assert not browser.get_log("browser")
     requests = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]
