@@ -254,7 +254,8 @@ async function draw() {
   if (i < 0) {
     const oninput = event => { wanted = event.target.value.toLowerCase(); list(); };
     main.replaceChildren(el("h1", {}, data.title), el("input", {id: "search", value: wanted, oninput,
-      placeholder: "/ to search: a latent's number, or a token"}), el("div", {id: "found"}));
+      placeholder: "/ to search: a latent's number, or a token"}), el("p", {class: "dim"}, data.about),
+      el("div", {id: "found"}));
     document.getElementById("search").focus();
     return list();
   }
@@ -271,8 +272,8 @@ async function draw() {
     link(data.pages.at(i + 1 - data.pages.length)), el("h1", {}, "latent " + latent),
     el("p", {}, columns.map(c => c + " " + show(row[c])).join(", ")),
     el("div", {class: "row"},
-      titled("writes: decoder norm", source("writes"), dim(names[0] + " …")),
-      titled("is driven by: change without", source("drives"), dim(names[0] + " …")),
+      titled("writes to: decoder norms", source("writes"), dim(names[0] + " to " + names.at(-1))),
+      titled("driven by: change without", source("drives"), dim(names[0] + " to " + names.at(-1))),
       titled("activations", bars(page.counts, page.edges, "writes", 260, 80), dim(page.percentiles)),
       titled("cosine of decoder vectors", el("table", {}, ...cosines))),
     ...page.bands.map(([title, examples]) => titled(title, ...examples.map(example))),
@@ -369,8 +370,10 @@ def write_pages(crosscoder, models: list, tokens: Tensor, latents, path: str, mo
         top = [example["tokens"][example["at"]] for example in page["bands"][0][1]]
         rows[latent] |= {"tokens": " ".join(dict.fromkeys(top[:8])), "page": True}
     title = f"{len(rows):,} latents of {', '.join(Path(name).name for name in cfg['model_name'])}"
+    about = "density: on how many of the tokens it is active; mean: its activation there; norms, span: how " \
+        "strongly, and to how many sources, it writes; coherence: how many drive it; tokens: on which most"
     index = {
-        "title": title, "names": names, "rows": rows, "pages": latents.tolist(),
+        "title": title, "about": about, "names": names, "rows": rows, "pages": latents.tolist(),
         "columns": ["latent", "tokens", *[name for name in columns if name != "latent"]]}
     with open(path, "w", encoding="utf-8") as file:
         file.write(PAGE)
