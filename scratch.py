@@ -59,12 +59,13 @@ def show_token(token: int) -> str:
     return tokenizer.decode([token]).replace("\n", "⏎").replace("\t", "⇥")
 
 def get_examples(acts: Float[Tensor, "seq pos"], tokens: Tensor, low: float, high: float, n: int) -> list:
-    """Up to n examples of a latent's activations between these two, from the largest on. Where the same
-    six tokens lead to it, one example stands for all."""
+    """Up to n examples of a latent's activations between these two, the largest, or where high is below
+    the largest there is, random ones. Where the same six tokens lead to it, one stands for all."""
     places = ((acts > low) & (acts <= high)).nonzero()
     places = places[acts[tuple(places.T)].argsort(descending=True)]
-    if high < acts.max():  # from all over the band
-        places = places[torch.linspace(0, len(places) - 1, min(n, len(places))).long()]
+    if high < acts.max():  # random ones
+        order = torch.randperm(len(places), generator=torch.Generator().manual_seed(0))
+        places = places[order[:n].sort().values]
     examples = {}
     for seq, pos in places[:200].tolist():
         key = tuple(tokens[seq, max(0, pos - 5) : pos + 1].tolist())
@@ -407,8 +408,8 @@ for kind, sizes in (("write", dec_norms), ("are driven", drives)):
 # %% For automatic interpretation: files that EleutherAI's delphi reads, and a JSONL for anyone
 def write_examples(crosscoder, models: list, tokens: Tensor, latents, folder: str | Path) -> None:
     """latents/crosscoder, as delphi caches them: locations [n, 3] (sequence, position, latent), activations
-    [n] and tokens in one file, and config.json. examples.jsonl: of each latent the largest activations, and
-    others from all over, each with the tokens around it and their activations."""
+    [n] and tokens in one file, and config.json. examples.jsonl: of each latent the largest activations and
+    random ones, each with the tokens around it and their activations."""
     latents = torch.as_tensor(latents).cpu()
     acts = []
     for part in tokens.split(4):
@@ -428,8 +429,8 @@ def write_examples(crosscoder, models: list, tokens: Tensor, latents, folder: st
         for latent, act in zip(latents.tolist(), acts.unbind(2)):
             most = act.max().item()
             top = get_examples(act, tokens, 0, most, 20)
-            others = get_examples(act, tokens, 0, 0.99 * most, 20)
-            file.write(json.dumps({"latent": latent, "top": top, "others": others}) + "\n")
+            rest = get_examples(act, tokens, 0, 0.99 * most, 20)
+            file.write(json.dumps({"latent": latent, "top": top, "random": rest}) + "\n")
 
 write_examples(crosscoder, models, held_out, (freqs > 0).nonzero().flatten()[:100], "interpret")
 print("interpret/latents for delphi, interpret/examples.jsonl for others: 100 latents")

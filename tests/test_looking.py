@@ -207,7 +207,7 @@ def test_what_delphi_reads_is_what_encode_gives(pages, tmp_path):
     rows = [json.loads(line) for line in (tmp_path / "examples.jsonl").read_text().splitlines()]
     assert [row["latent"] for row in rows] == latents
     for row in rows:
-        for example in row["top"] + row["others"]:
+        for example in row["top"] + row["random"]:
             assert example["acts"][example["at"]] == pytest.approx(example["act"], abs=1e-3)
 
 
