@@ -201,6 +201,8 @@ h2 { font-size: 1rem; margin: 1rem 0 .2rem } input { font: inherit; width: 95% }
 .example { margin: .2rem 0; overflow-wrap: anywhere; white-space: pre-wrap } .peak { outline: 1px solid }
 </style><main></main><script>
 const main = document.querySelector("main");
+const about = `density: on how many of the tokens it is active; mean: its activation there; norms, span: how
+  strongly, and to how many sources, it writes; coherence: how many drive it; tokens: on which most`;
 let data, sorted = "density", up = false, wanted = "";
 async function unpack(id) {
   const bytes = Uint8Array.from(atob(document.getElementById(id).textContent), c => c.charCodeAt(0));
@@ -255,7 +257,7 @@ async function draw() {
   if (i < 0) {
     const oninput = event => { wanted = event.target.value.toLowerCase(); list(); };
     main.replaceChildren(el("h1", {}, data.title), el("input", {id: "search", value: wanted, oninput,
-      placeholder: "/ to search: a latent's number, or a token"}), el("p", {class: "dim"}, data.about),
+      placeholder: "/ to search: a latent's number, or a token"}), el("p", {class: "dim"}, about),
       el("div", {id: "found"}));
     document.getElementById("search").focus();
     return list();
@@ -371,10 +373,8 @@ def write_pages(crosscoder, models: list, tokens: Tensor, latents, path: str, mo
         top = [example["tokens"][example["at"]] for example in page["bands"][0][1]]
         rows[latent] |= {"tokens": " ".join(dict.fromkeys(top[:8])), "page": True}
     title = f"{len(rows):,} latents of {', '.join(Path(name).name for name in cfg['model_name'])}"
-    about = "density: on how many of the tokens it is active; mean: its activation there; norms, span: how " \
-        "strongly, and to how many sources, it writes; coherence: how many drive it; tokens: on which most"
     index = {
-        "title": title, "about": about, "names": names, "rows": rows, "pages": latents.tolist(),
+        "title": title, "names": names, "rows": rows, "pages": latents.tolist(),
         "columns": ["latent", "tokens", *[name for name in columns if name != "latent"]]}
     with open(path, "w", encoding="utf-8") as file:
         file.write(PAGE)
