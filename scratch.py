@@ -202,7 +202,10 @@ h2 { font-size: 1rem; margin: 1rem 0 .2rem } input { font: inherit; width: 95% }
 </style><main></main><script>
 const main = document.querySelector("main");
 const about = `density: on how many of the tokens it is active; mean: its activation there; norms, span: how
-  strongly, and to how many sources, it writes; coherence: how many drive it; tokens: on which most`;
+  strongly, and to how many sources, it writes; coherence: how many drive it; tokens: on which most.
+  A number that is a link has a page.`;
+const aboutTwo = ` Relative norm: 0 writes to the first model only, 1 to the second; exclusive: really in one
+  alone, as the other has little of it in what is left over (nu_eps) and reconstructed (nu_r).`;
 let data, sorted = "density", up = false, wanted = "";
 async function unpack(id) {
   const bytes = Uint8Array.from(atob(document.getElementById(id).textContent), c => c.charCodeAt(0));
@@ -244,7 +247,8 @@ function list() {
   const table = el("table", {class: "list"}, el("tr", {}, ...heads), ...found.slice(0, 200).map(line));
   document.getElementById("found").replaceChildren(
     titled("span (upwards) against density (to the right, log)", dots),
-    titled(`${found.length} latents, the first 200`, el("div", {class: "wide"}, table)));
+    titled(`${found.length} latents` + (found.length > 200 ? ", the first 200 by " + sorted : ""),
+      el("div", {class: "wide"}, table)));
 }
 function example(e) {
   const token = (text, i) => el("span", {title: e.acts[i], class: i === e.at ? "peak" : "",
@@ -255,9 +259,10 @@ function example(e) {
 async function draw() {
   const names = data.names, i = data.pages.indexOf(Number(location.hash.split("latent=")[1] ?? -1));
   if (i < 0) {
+    const help = about + (data.columns.includes("nu_eps") ? aboutTwo : "");
     const oninput = event => { wanted = event.target.value.toLowerCase(); list(); };
     main.replaceChildren(el("h1", {}, data.title), el("input", {id: "search", value: wanted, oninput,
-      placeholder: "/ to search: a latent's number, or a token"}), el("p", {class: "dim"}, about),
+      placeholder: "/ to search: a latent's number, or a token"}), el("p", {class: "dim"}, help),
       el("div", {id: "found"}));
     document.getElementById("search").focus();
     return list();
@@ -276,7 +281,7 @@ async function draw() {
     el("p", {}, columns.map(c => c + " " + show(row[c])).join(", ")),
     el("div", {class: "row"},
       titled("writes to: decoder norms", source("writes"), dim(names[0] + " to " + names.at(-1))),
-      titled("driven by: change without", source("drives"), dim(names[0] + " to " + names.at(-1))),
+      titled("driven by: change without it", source("drives"), dim(names[0] + " to " + names.at(-1))),
       titled("activations", bars(page.counts, page.edges, "writes", 260, 80), dim(page.percentiles)),
       titled("cosine of decoder vectors", el("table", {}, ...cosines))),
     ...page.bands.map(([title, examples]) => titled(title, ...examples.map(example))),
@@ -292,7 +297,10 @@ onkeydown = event => {
   const i = data.pages.indexOf(Number(location.hash.split("=")[1]));
   const step = {ArrowLeft: i - 1, ArrowRight: i + 1 - data.pages.length}[event.key];
   if (i >= 0 && step !== undefined) location.hash = "latent=" + data.pages.at(step);
-  if (event.key === "/") { event.preventDefault(); location.hash = ""; }
+  if (event.key !== "/") return;
+  event.preventDefault();
+  location.hash = "";
+  document.getElementById("search")?.focus();  // where the table is shown already
 };
 onload = async () => { data = await unpack("index"); draw(); };
 </script>
@@ -302,18 +310,24 @@ def pack(value) -> str:
     """JSON, compressed, as letters that mean nothing to a browser."""
     return base64.b64encode(gzip.compress(json.dumps(value).encode())).decode()
 
-def get_words(vectors: Float[Tensor, "n_layers d_model"], models: list, sign: int) -> list[list[str]]:
-    """The tokens that a latent promotes, or suppresses with sign -1, from each source in the residual
-    stream: its decoder vector through the final norm, but for the scale, and the unembedding."""
-    words = []
-    for source, vector in zip(sources, vectors.float()):
-        model = models[source.model]
-        if source.hook.rpartition("hook_")[2].startswith(("resid", "mlp_out", "attn_out")):
-            if model.cfg.normalization_type == "LN":
-                vector = vector - vector.mean()
-            logits = (sign * vector * model.ln_final.weight.to(vector)) @ model.W_U.to(vector)
-            words.append([show_token(token) for token in logits.topk(8).indices.tolist()])
-    return words
+def get_words(vectors: Float[Tensor, "n_layers d_model"], models: list) -> tuple[list, list]:
+    """-> the tokens that a latent promotes; that it suppresses. From each source in the residual stream:
+    its decoder vector through the final norm, but for the scale, and the unembedding. None where it
+    writes nothing."""
+    promoted, suppressed = [], []
+    if not cfg["site"].startswith(("resid", "mlp_out", "attn_out")):
+        return promoted, suppressed
+    for m, model in enumerate(models):
+        rows = vectors.chunk(len(models))[m]  # [sources of this model, d_model]
+        if model.cfg.normalization_type == "LN":
+            rows = rows - rows.mean(1, keepdim=True)
+        # All at once, and in the model's type: W_U is large, and would be read and converted for each.
+        logits = (rows * model.ln_final.weight).to(model.W_U) @ model.W_U
+        for row, logit in zip(rows, logits.float()):
+            for words, sign in ((promoted, 1), (suppressed, -1)):
+                tokens = (sign * logit).topk(8).indices.tolist() if row.any() else []
+                words.append([show_token(token) for token in tokens])
+    return promoted, suppressed
 
 def get_page(crosscoder: CrossCoder, models: list, tokens: Tensor, latent: int, acts: Tensor) -> dict:
     """What a latent's page shows; acts [seq, pos] are its activations on tokens."""
@@ -321,7 +335,8 @@ def get_page(crosscoder: CrossCoder, models: list, tokens: Tensor, latent: int, 
     bands = [("largest activations", get_examples(acts, tokens, 0, most, 12))]
     for low, high in ((0.5, 0.75), (0.25, 0.5), (0, 0.25)):
         examples = get_examples(acts, tokens, low * most, high * most, 4)
-        bands.append((f"from {low:.0%} to {high:.0%} of the largest", examples))
+        if examples:
+            bands.append((f"from {low:.0%} to {high:.0%} of the largest", examples))
     positive = acts[acts > 0].numpy()
     counts, edges = np.histogram(positive, bins=30)
     percentiles = np.percentile(np.append(positive, 0), [50, 90, 99])
@@ -329,11 +344,12 @@ def get_page(crosscoder: CrossCoder, models: list, tokens: Tensor, latent: int, 
     unit = F.normalize(vectors, dim=1)
     cosines = F.normalize(crosscoder.W_dec.flatten(1), dim=1) @ F.normalize(vectors.flatten(), dim=0)
     nearest = cosines.topk(min(9, len(cosines))).indices.tolist()
+    promoted, suppressed = get_words(vectors, models)
     return {
         "bands": bands, "counts": counts.tolist(), "edges": [f"from {edge:.3g}" for edge in edges[:-1]],
         "percentiles": "half to {:.3g}, 90% to {:.3g}, 99% to {:.3g}".format(*percentiles),
         "cosines": (unit @ unit.T).tolist(), "near": [[i, cosines[i].item()] for i in nearest if i != latent],
-        "promoted": get_words(vectors, models, 1), "suppressed": get_words(vectors, models, -1)}
+        "promoted": promoted, "suppressed": suppressed}
 
 def write_pages(crosscoder, models: list, tokens: Tensor, latents, path: str, more: dict = {}) -> None:
     """Writes one HTML file, which needs no network: a table of all latents, and a page for each of these.

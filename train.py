@@ -892,7 +892,8 @@ def complain(line: str) -> None:
     says, and what only another has are torchrun's own last words."""
     print(line, file=sys.stderr, flush=True)
     if dist.is_torchelastic_launched():
-        time.sleep(3 * min(1, get_ranks()[0]))
+        if get_ranks()[0] > 0:
+            time.sleep(3)  # time for the first to end all, if it has found the same
         get_error_handler().record_exception(sys.exception())
 
 

@@ -877,13 +877,12 @@ def join_shares(name: str, tensor: Tensor) -> Tensor:
 
 
 def take_share(name: str, tensor: Tensor) -> Tensor:
-    """What this rank has of a checkpoint's tensor. Copied, as tensors in a file are not aligned, which
-    changes some sums' last bits."""
+    """What this rank has of a checkpoint's tensor."""
     axis = get_axis(name, tensor)
-    if axis is not None:
-        rank, n_ranks = get_ranks()
-        tensor = tensor.tensor_split(n_ranks, axis)[rank]
-    return tensor.clone()
+    if axis is None:
+        return tensor
+    rank, n_ranks = get_ranks()
+    return tensor.tensor_split(n_ranks, axis)[rank]
 
 
 def get_identity(file: Path) -> dict:
@@ -1198,7 +1197,8 @@ class Trainer:
             state |= {f"adam.{name}.{key}": value for key, value in moments.items()}
         written = torch.ones(())
         try:
-            with suppress(FileExistsError):  # saved a moment ago
+            is_there = torch.tensor(float(path.exists()))  # all ranks ask the first one's folder
+            if not sum_ranks(is_there):
                 self.crosscoder.save(path, state)
             self.write_history()
         except (OSError, safetensors.SafetensorError) as error:
@@ -1221,7 +1221,9 @@ class Trainer:
             weights = safetensors.torch.load_file(folder / "crosscoder.safetensors")
             self.crosscoder.load_state_dict({key: take_share(key, weights[key]) for key in weights})
             state = safetensors.torch.load_file(folder / "trainer.safetensors")
-            state = {key: take_share(key, state[key]).to(self.cfg["device"]) for key in state}
+            # Copied, as tensors in a file are not aligned, which changes some sums' last bits.
+            device = self.cfg["device"]
+            state = {key: take_share(key, state[key]).to(device, copy=True) for key in state}
             state |= json.loads((folder / "trainer.json").read_text())
             for name in self.STATE:
                 if type(state[name]) is not type(getattr(self, name)):

@@ -116,7 +116,8 @@ def test_a_page_says_what_is_so(pages):
             assert example["acts"][example["at"]] == pytest.approx(example["act"], abs=1e-3)
             assert len(example["tokens"]) == len(example["acts"])
     assert sum(page["counts"]) == round(row["density"] * 8 * 127)
-    assert len(page["promoted"]) == 4 and row["latent"] not in [latent for latent, _ in page["near"] + page["together"]]
+    assert len(page["promoted"]) == len(page["suppressed"]) == 4 and all(len(words) == 8 for words in page["promoted"])
+    assert row["latent"] not in [latent for latent, _ in page["near"] + page["together"]]
 
 
 def test_no_text_can_be_markup(pages):
@@ -171,6 +172,8 @@ def test_in_a_browser_one_goes_from_the_table_to_a_latent_and_on(pages, browser,
     until(lambda: texts("h1") == [f"latent {(int(second) + 2) % 256}"])
     press("/")
     until(lambda: texts("#search"))
+    run("document.activeElement.blur()")
+    press("/")  # also where the table is shown already
     press("onerror")
     until(lambda: len(texts("tr")) - 1 < 200)
     assert len(texts("tr")) > 1 and all(HOSTILE in text for text in texts("tr")[1:])
@@ -225,3 +228,19 @@ def test_latents_of_a_text_are_those_that_encode_gives(pages):
         assert top and all(act == pytest.approx(row[latent].item(), abs=0.006) for latent, act in top)
         scores = row * crosscoder.get_decoder_norms()
         assert scores[top[0][0]] == scores.max()
+
+
+@torch.no_grad()
+def test_a_source_that_is_not_written_to_promotes_nothing(pages):
+    _, crosscoder, (cfg, models, _) = pages
+    SCRATCH["get_words"].__globals__.update(cfg=cfg, tokenizer=get_tokenizer(models))
+    vectors = crosscoder.W_dec[0].clone()
+    vectors[2] = 0
+    for words in SCRATCH["get_words"](vectors, models):
+        assert [len(each) for each in words] == [8, 8, 0, 8]
+    (promoted, *_), (suppressed, *_) = SCRATCH["get_words"](vectors, models)
+    direction = (vectors[0] - vectors[0].mean()) * models[0].ln_final.weight
+    logits = direction @ models[0].W_U
+    decode = SCRATCH["show_token"]
+    assert promoted == [decode(i) for i in logits.topk(8).indices.tolist()]
+    assert suppressed == [decode(i) for i in (-logits).topk(8).indices.tolist()]
