@@ -103,6 +103,11 @@ def activate(crosscoder: CrossCoder, h: Float[Tensor, "row d_sae"]) -> Float[Ten
         return crosscoder.keep(h, *crosscoder.choose(h, crosscoder.cfg["k"]))
     return h * (h > crosscoder.get_thresholds())
 
+def get_closest(first: CrossCoder, second: CrossCoder) -> Float[Tensor, "d_sae"]:
+    """Of each latent of the first the largest cosine that its decoder vector has with one of the second."""
+    directions = [F.normalize(each.W_dec.detach().flatten(1), dim=1) for each in (first, second)]
+    return torch.cat([(part @ directions[1].T).amax(1) for part in directions[0].split(1024)]).cpu()
+
 print(path, names)
 
 # %% Norms per source: how large the activations are, and what they are divided by
@@ -174,7 +179,6 @@ pair = [CrossCoder.load(folder, cfg["device"]) for folder in list_checkpoints(pa
 rows = x[:, 1:].flatten(0, 1)
 n_active = min(int((each.encode(rows) > 0).sum()) for each in pair)
 print(f"at L0 {n_active / len(rows):.1f}, FVU of {names}")
-directions = []
 for each in pair:
     acts = each.encode(rows)
     scores = acts * each.get_decoder_norms()
@@ -182,9 +186,28 @@ for each in pair:
     errors = (rows - each.decode(acts * (scores >= lowest))).pow(2)
     fvu = errors.sum((0, 2)) / (rows - rows.mean(0)).pow(2).sum((0, 2))
     print(fvu.cpu().numpy())
-    directions.append(F.normalize(each.W_dec.flatten(1), dim=1))
-closest = torch.cat([(part @ directions[-1].T).amax(1) for part in directions[0].split(1024)])
-print(f"{(closest > 0.9).float().mean():.1%} of the first's latents have a cosine above 0.9 in the last")
+same = (get_closest(pair[0], pair[-1]) > 0.9).float().mean()
+print(f"{same:.1%} of the first's latents have a cosine above 0.9 with one of the last")
+
+# %% Several crosscoders off one harvest: here, whether two seeds find the same latents
+def train_together(cfgs: list[dict], models: list, all_tokens: Tensor) -> list[Trainer]:
+    """Trains a crosscoder for each cfg, all on the batches that the first one's buffer serves, and saves
+    them. The cfgs may differ in all that is not about models, text, batch_size and buffer."""
+    trainers = [Trainer(cfgs[0], models, all_tokens)]
+    trainers += [Trainer(cfg, models, all_tokens, trainers[0].buffer) for cfg in cfgs[1:]]
+    with torch.enable_grad():
+        for _ in tqdm.trange(trainers[0].total_steps, desc="training together", unit="step"):
+            x = trainers[0].buffer.next()
+            for trainer in trainers:
+                trainer.step(x)
+    for trainer in trainers:
+        trainer.save()
+    return trainers
+
+short = cfg | {"num_tokens": 100 * cfg["batch_size"], "save_dir": tempfile.mkdtemp()}  # for a look
+pair = train_together([short, short | {"seed": cfg["seed"] + 1}], models, load_tokens(cfg, models))
+same = (get_closest(pair[0].crosscoder, pair[1].crosscoder) > 0.9).float().mean()
+print(f"after 100 steps {same:.1%} of a seed's latents have a cosine above 0.9 with one of another's")
 
 # %% Latent pages: one file for a browser, a table of all latents and a page for each that is chosen
 PAGE = r"""<!doctype html><meta charset="utf-8"><meta name="viewport" content="width=device-width">

@@ -967,19 +967,20 @@ def step_adam(optimizer: torch.optim.Adam, grad_norm: Float[Tensor, ""], skip: F
 
 class Trainer:
     """Trains a crosscoder on the models' activations over all_tokens, whose last cfg["eval_seqs"]
-    sequences are held out; from where the checkpoint cfg["resume"] leaves off, if one is given."""
+    sequences are held out; from where the checkpoint cfg["resume"] leaves off, if one is given. buffer:
+    one that is there already, and may serve others, too."""
     STATE = (
         "step_counter", "evaluated_at", "history", "wandb_id", "tokens_since_fired", "is_dead",
         "steps_skipped", "n_ranks")
 
-    def __init__(self, cfg: dict, models: list, all_tokens: Tokens):
+    def __init__(self, cfg: dict, models: list, all_tokens: Tokens, buffer: Buffer | None = None):
         self.cfg = cfg
         self.models = models
         self.rank, self.n_ranks = get_ranks()
         self.eval_tokens = all_tokens[-cfg["eval_seqs"] :]
         share = {"batch_size": cfg["batch_size"] // self.n_ranks, "seed": cfg["seed"] + self.rank}
         tokens = all_tokens[: -cfg["eval_seqs"]][self.rank :: self.n_ranks]
-        self.buffer = Buffer(cfg | share, models, tokens)
+        self.buffer = buffer or Buffer(cfg | share, models, tokens)
         n_layers, d_model = self.buffer.buffer.shape[1:]
         self.crosscoder = CrossCoder({**cfg, "resume": ""}, n_layers, d_model)  # its cfg.json is for anyone
         # unlike [J25]: thresholds learn at the full rate, or in a short run they hardly move
@@ -1042,15 +1043,18 @@ class Trainer:
         return min(self.cfg["dict_size"], round(self.cfg["k"] * (8 - 7 * progress)))
 
     # ---- Trainer: training
-    def step(self) -> dict[str, float | Tensor]:
-        """One step on the next batch. Metrics stay tensors, as reading one waits for the device."""
+    def step(self, x: Resids | None = None) -> dict[str, float | Tensor]:
+        """One step on the buffer's next batch, or on this one. Metrics stay tensors, as reading one waits
+        for the device."""
         cfg = self.cfg
         lr = self.get_lr()
         l1_coeff = self.get_l1_coeff()
         if cfg["aux_coeff"] and self.step_counter % 100 == 0:  # seldom, as it waits for the device
             self.is_dead = (self.tokens_since_fired >= cfg["dead_after"]).byte()
             self.find_dead()
-        losses = self.crosscoder.get_losses(gather(self.buffer.next()), self.get_k(), self.dead)
+        if x is None:
+            x = self.buffer.next()
+        losses = self.crosscoder.get_losses(gather(x), self.get_k(), self.dead)
         loss = losses.l2_loss + l1_coeff * losses.l1_loss + losses.aux_loss
         loss.backward()
         self.crosscoder.constrain(self.crosscoder.W_enc.grad, self.crosscoder.W_dec.grad)

@@ -1,12 +1,13 @@
 """Which activation to choose: trains each at four sparsities on equal tokens, and draws what comes out.
 
-  python tests/frontier.py                            on tests/tiny, three seeds: 48 runs of about a minute
+  python tests/frontier.py                            on tests/tiny, three seeds of 16 runs, off one harvest each
   python tests/frontier.py --seeds=1 --num_tokens=2e5 a quick look
   python tests/frontier.py --model_name=... --tokens=... --seq_len=...   on another model; train.py's keys
 
-Writes frontier.html and frontier.jsonl, a line a run, into --out; runs that are in it are not made again.
+Writes frontier.html, frontier.jsonl, a line a run, and the runs into --out; what is in it is not made again.
 """
 import argparse
+import itertools
 import json
 import sys
 from pathlib import Path
@@ -19,7 +20,7 @@ from plotly.subplots import make_subplots
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from planted import functions_of_scratch
 from train import load_models, load_tokens, make_cfg, parse_overrides
-from utils import Trainer, get_stats, iter_rows
+from utils import CrossCoder, Trainer, get_stats, iter_rows
 
 SPARSITIES = {  # chosen so that the L0 overlap
     "relu": ("l1_coeff", (1, 1.5, 2.5, 4)),
@@ -33,29 +34,38 @@ COLUMNS = {
     "span": "layers a latent spans"}
 
 
-get_drives = functions_of_scratch()["get_drives"]
+SCRATCH = functions_of_scratch()
 
 
-def train(cfg: dict, models: list, all_tokens) -> dict:
-    """One run. -> its last evaluation, and over how many sources a latent spans: where its decoder norm is
-    at least a tenth of its largest, mean over latents alive; and how many drive it, its coherence"""
-    trainer = Trainer(cfg, models, all_tokens)
-    start = trainer.evaluate()["fvu/all"]
-    metrics = trainer.train()
+def look(trainer: Trainer) -> dict:
+    """What a run has come to: its evaluation, over how many sources a latent spans (where its decoder norm is
+    at least a tenth of its largest, mean over latents alive), and how many drive it, its coherence"""
+    metrics = trainer.evaluate()
     norms = trainer.crosscoder.W_dec.detach().norm(dim=-1)  # [d_sae, n_layers]
     spans = (norms >= 0.1 * norms.amax(1, keepdim=True)).sum(1).float()
-    alive = trainer.tokens_since_fired < cfg["dead_after"]
-    mean = get_stats(trainer.crosscoder, models, trainer.eval_tokens, cfg)["mean"]
+    alive = trainer.tokens_since_fired < trainer.cfg["dead_after"]
+    of = (trainer.models, trainer.eval_tokens, trainer.cfg)
     with torch.no_grad():
-        drives = get_drives(trainer.crosscoder, iter_rows(models, trainer.eval_tokens, cfg), mean)
+        drives = SCRATCH["get_drives"](
+            trainer.crosscoder, iter_rows(*of), get_stats(trainer.crosscoder, *of)["mean"])
     coherence = (drives.sum(1) / drives.amax(1))[drives.amax(1) > 0].mean().item()
-    return {**metrics, "span": spans[alive].mean().item(), "coherence": coherence, "fvu_at_step_0": start}
+    return {**metrics, "span": spans[alive].mean().item(), "coherence": coherence}
+
+
+def get_stability(runs: list[dict]) -> float:
+    """The share of a seed's latents that have a decoder cosine above 0.9 with one of another seed, mean over
+    all pairs of seeds; nan of one seed"""
+    crosscoders = [CrossCoder.load(run["folder"]) for run in runs]
+    shares = []
+    for first, second in itertools.permutations(crosscoders, 2):
+        shares.append((SCRATCH["get_closest"](first, second) > 0.9).float().mean().item())
+    return float(np.mean(shares or [np.nan]))
 
 
 def table(rows: list[dict]) -> str:
     """A line for each activation and sparsity: means over the seeds, and for FVU the largest distance."""
     lines = [
-        "| activation | sparsity | L0 | FVU | CE delta | dead | layers spanned | coherence | FVU at step 0 |",
+        "| activation | sparsity | L0 | FVU | CE delta | dead | layers spanned | coherence | stable |",
         "|" + "---|" * 9]
     for activation, (key, values) in SPARSITIES.items():
         for value in values:
@@ -63,7 +73,7 @@ def table(rows: list[dict]) -> str:
             if not runs:
                 continue
             mean = {}
-            for name in (*COLUMNS, "sparsity/l0", "coherence", "fvu_at_step_0"):
+            for name in (*COLUMNS, "sparsity/l0", "coherence"):
                 mean[name] = np.mean([row[name] for row in runs])
             fvu = f"{mean['fvu/all']:.4f}"
             if len(runs) > 1:
@@ -72,7 +82,7 @@ def table(rows: list[dict]) -> str:
             lines.append(
                 f"| {activation} | {key}={value} | {mean['sparsity/l0']:.1f} | {fvu} | "
                 f"{mean['ce/delta_all']:+.3f} | {mean['sparsity/dead']:.1%} | {mean['span']:.2f} | "
-                f"{mean['coherence']:.2f} | {mean['fvu_at_step_0']:.2f} |")
+                f"{mean['coherence']:.2f} | {get_stability(runs):.1%} |")
     return "\n".join(lines)
 
 
@@ -110,22 +120,25 @@ def main(argv: list[str]) -> None:
     file = args.out / "frontier.jsonl"
     rows = [json.loads(line) for line in open(file)] if file.exists() else []
     made = {(row["seed"], row["activation"], row["value"]) for row in rows}
-    models = None
     for seed in range(args.seeds):
+        choices = []
         for activation, (key, values) in SPARSITIES.items():
             for value in values:
-                if (seed, activation, value) in made or activation not in args.activations.split(","):
-                    continue
-                choice = {"seed": seed, "activation": activation, key: value}
-                cfg = make_cfg(**{**overrides, **choice, "save_dir": str(args.out / "runs"), "keep": 1})
-                if models is None:
-                    models = load_models(cfg)
-                    all_tokens = load_tokens(cfg, models)
-                metrics = train(cfg, models, all_tokens)
-                rows.append({"seed": seed, "activation": activation, "value": value, **metrics})
-                with open(file, "a") as log:
-                    log.write(json.dumps(rows[-1]) + "\n")
-                draw(rows).write_html(args.out / "frontier.html")
+                if (seed, activation, value) not in made and activation in args.activations.split(","):
+                    choices.append({"seed": seed, "activation": activation, key: value})
+        if not choices:
+            continue
+        paths = {"save_dir": str(args.out / "runs"), "keep": 1}
+        cfgs = [make_cfg(**{**overrides, **choice, **paths}) for choice in choices]
+        models = load_models(cfgs[0])
+        all_tokens = load_tokens(cfgs[0], models)
+        for trainer in SCRATCH["train_together"](cfgs, models, all_tokens):
+            activation = trainer.cfg["activation"]
+            row = {"seed": seed, "activation": activation, "value": trainer.cfg[SPARSITIES[activation][0]]}
+            rows.append({**row, **look(trainer), "folder": str(trainer.run_dir)})
+            with open(file, "a") as log:
+                log.write(json.dumps(rows[-1]) + "\n")
+        draw(rows).write_html(args.out / "frontier.html")
     print(table(rows))
 
 
