@@ -17,6 +17,7 @@ from types import SimpleNamespace
 
 import einops
 import huggingface_hub
+import jinja2
 import numpy as np
 import plotly.express as px
 import safetensors.torch
@@ -78,6 +79,18 @@ def get_examples(acts: Float[Tensor, "seq pos"], tokens: Tensor, low: float, hig
                 "tokens": [show_token(token) for token in tokens[seq, start : pos + 11].tolist()],
                 "acts": [round(act, 3) for act in acts[seq, start : pos + 11].tolist()]}
     return [*examples.values()]
+
+def get_acts(crosscoder: CrossCoder, models: list, tokens: Tensor, latents: Tensor) -> tuple[Tensor, Tensor]:
+    """-> these latents' activations [latent, seq, pos], 0 at position 0, which is not trained on; the sums
+    of all latents' [d_sae]. On the CPU."""
+    acts = []
+    sums = 0
+    for part in tokens.split(4):
+        every = crosscoder.encode(get_stacked_resids(models, part, cfg)).float()
+        every[:, 0] = 0
+        sums = sums + every.sum((0, 1)).cpu()
+        acts.append(every[..., latents].movedim(2, 0).cpu())
+    return torch.cat(acts, dim=1), sums
 
 def get_drives(crosscoder: CrossCoder, batches, mean: Tensor) -> Float[Tensor, "d_sae n_layers"]:
     """What a latent reads: by how much its activation changes, over rows of raw activations, when one
@@ -210,134 +223,153 @@ same = (get_closest(pair[0].crosscoder, pair[1].crosscoder) > 0.9).float().mean(
 print(f"after 100 steps {same:.1%} of a seed's latents have a cosine above 0.9 with one of another's")
 
 # %% Latent pages: one file for a browser, a table of all latents and a page for each that is chosen
-PAGE = r"""<!doctype html><meta charset="utf-8"><meta name="viewport" content="width=device-width">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; script-src 'unsafe-inline';
-  style-src 'unsafe-inline'"><title>Latents</title><style>
+PAGES = r"""{# All between double braces is escaped: no text from a model or a dataset can be markup. #}
+{% macro bar(v, most, color) -%}
+<i style="width: {{ (90 * v / most) | round }}px; background: var(--{{ color }})"></i> {{ "%.3g" % v }}
+{%- endmacro %}
+{% macro columns(values, labels, width, height) -%}
+{%- set scale = height / [values | max, 1e-9] | max %}
+{%- for v in values -%}
+<i title="{{ labels[loop.index0] }}: {{ "%.3g" % v }}" style="width: {{ width }}px;
+  height: {{ (scale * v) | round(1) }}px"></i>
+{%- endfor %}
+{%- endmacro %}
+{% macro link(latent, pages) -%}
+{% if latent in pages %}<a href="#latent={{ latent }}">{{ latent }}</a>{% else %}{{ latent }}{% endif %}
+{%- endmacro %}
+{% macro line(latent, tokens, values, norms, names, pages) -%}
+<tr><td>{{ link(latent, pages) }}<td>{{ tokens }}
+{%- for v in values %}<td>{{ "%.3g" % v }}{% endfor %}<td>{{ columns(norms, names, 4, 16) }}
+{%- endmacro %}
+{% macro dot(latent, tokens, x, y) -%}
+<a href="#latent={{ latent }}"><circle r="3" cx="{{ x }}" cy="{{ y }}"><title>{{ latent }}: {{ tokens }}
+</title></circle></a>
+{%- endmacro %}
+{% macro example(e) -%}
+<div class="example"><span class="dim">{{ "%.3g" % e.act }}{{ " ×%d" % e.times if e.times > 1 }} </span>
+{%- for token in e.tokens %}{% set act = e.acts[loop.index0] %}
+{%- if act %}<span title="{{ act }}" class="{{ "peak" if loop.index0 == e.at }}"
+  style="background: rgba(240, 140, 0, {{ (0.75 * act / e.most) | round(2) }})">{{ token }}</span>
+{%- else %}{{ token }}{% endif %}
+{%- endfor %}</div>
+{% endmacro %}
+{% macro page(p) %}
+<a href="#">all latents</a> &ensp; <a id="before">←</a> &ensp; <a id="after">→</a>
+<h1>latent {{ p.latent }}</h1>
+<p>{% for name, v in p.about.items() %}{{ name }} {{ "%.3g" % v }}{{ ", " if not loop.last }}{% endfor %}</p>
+<div class="row"><div class="wide"><table>
+<tr><th>source<th>writes: norm<th>driven by: change without it<th colspan="99">cosine with each, in this order
+{% for name in p.names %}
+{% set i = loop.index0 %}
+<tr><td>{{ name }}<td>{{ bar(p.norms[i], [p.norms | max, 1e-9] | max, "writes") }}
+<td>{{ bar(p.drives[i], [p.drives | max, 1e-9] | max, "drives") }}
+{% for v in p.cosines[i] %}
+<td style="background: rgba({{ "220, 90, 50" if v < 0 else "60, 90, 200" }}, {{ v | abs / 2 }})">
+{{- "%.2f" % v }}
+{% endfor %}{% endfor %}</table></div>
+<div><h2>activations: {{ p.percentiles }}</h2>{{ columns(p.counts, p.edges, 8, 80) }}</div></div>
+{% for title, examples in p.bands %}<h2>{{ title }}</h2>
+{% for e in examples %}{{ example(e) }}{% endfor %}
+{% endfor %}
+{% for title, words in (("promotes, through the final norm", p.promoted), ("suppresses", p.suppressed)) %}
+<h2>{{ title }}</h2>{% for tokens in words %}
+<div><span class="dim">{{ p.names[loop.index0] }}</span> {{ tokens | join(" · ") }}</div>{% endfor %}
+{% endfor %}<div class="row">
+{% for title, near in (("decoder cosine", p.near), ("tokens in common (Jaccard)", p.together)) %}
+<div class="near"><h2>nearest by {{ title }}</h2>
+{% for latent, v in near %}<div>{{ link(latent, p.pages) }} <span class="dim">{{ "%.3g" % v }}</span></div>
+{% endfor %}</div>{% endfor %}</div>
+{% endmacro %}
+{% macro document(title, heads, n_layers, packed) -%}
+<!doctype html><meta charset="utf-8"><title>Latents</title><meta name="viewport" content="width=device-width">
+<meta http-equiv="Content-Security-Policy"
+  content="default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'">
+<style>
 :root { color-scheme: light dark; --ink: light-dark(#222, #ddd); --dim: light-dark(#777, #999);
   --writes: light-dark(#3b528b, #8fa8e0); --drives: light-dark(#d1603d, #f09070) }
 main { font: 15px/1.5 system-ui, sans-serif; color: var(--ink); margin: 1rem auto; max-width: 76rem }
-td, th { padding: .1rem .5rem; text-align: right; white-space: nowrap }
-.list td:nth-child(2), .list th:nth-child(2) { text-align: left }
-th { cursor: pointer } th, .dim { color: var(--dim); font-weight: normal } table { border-collapse: collapse }
-h2 { font-size: 1rem; margin: 1rem 0 .2rem } input { font: inherit; width: 95% } a { color: var(--writes) }
-.row { display: flex; flex-wrap: wrap; gap: 0 2rem } .wide { overflow-x: auto } svg { display: block }
+td, th { padding: .1rem .5rem; text-align: left; white-space: nowrap } #index th { cursor: pointer }
+th, .dim { color: var(--dim); font-weight: normal } th::after { content: attr(data-mark) }
+h2 { font-size: 1rem; margin: 1rem 0 .2rem } table { border-collapse: collapse } a { color: var(--writes) }
+i { display: inline-block; height: 10px; background: var(--writes); margin-right: 1px }
+.row { display: flex; flex-wrap: wrap; gap: 0 2rem } input { font: inherit; width: 95% }
+.wide { overflow-x: auto } svg { fill: var(--writes) }
+@media (max-width: 50rem) { .wide { box-shadow: inset -1rem 0 1rem -1rem var(--dim) } }  /* it scrolls */
 .example { margin: .2rem 0; overflow-wrap: anywhere; white-space: pre-wrap } .peak { outline: 1px solid }
-</style><main></main><script>
-const main = document.querySelector("main");
-const about = `density: on how many of the tokens it is active; mean: its activation there; norms, span: how
-  strongly, and to how many sources, it writes; coherence: how many drive it; tokens: on which most.
-  A number that is a link has a page.`;
-const aboutTwo = ` Relative norm: 0 writes to the first model only, 1 to the second; exclusive: really in one
-  alone, as the other has little of it in what is left over (nu_eps) and reconstructed (nu_r).`;
-let data, sorted = "density", up = false, wanted = "";
+</style>
+<main id="index"><h1>{{ title }}</h1>
+<input id="search" placeholder="/ to search: a latent's number, or a token">
+<p class="dim">density: on how many of the tokens it is active; mean: its activation there; span, norms: to how
+many sources, and how strongly to each, it writes; coherence: how many drive it; tokens: on which it is most
+active. {% if "nu_eps" in heads %}Relative norm: 0 writes to the first model only, 1 to the second; exclusive:
+really in one alone, as the other has little of it in what is left over (nu_eps) and reconstructed (nu_r).
+{% endif %}</p>
+<h2>span, 1 to {{ n_layers }} upwards, against density, 0.00001 to 1 to the right (log)</h2>
+<svg width="340" height="200"><path d="M1 0V199H340" fill="none" stroke="gray"/>
+<g id="dots" fill-opacity=".4"></g></svg>
+<h2 id="count"></h2><div class="wide"><table><thead><tr>{% for head in heads %}<th>{{ head }}{% endfor %}
+</thead><tbody id="lines"></tbody></table></div><button id="more">more</button></main><main id="page"></main>
+<script>
+const get = id => document.getElementById(id), heads = [...document.querySelectorAll("th")];
+let rows, order, column = 2, sign = -1, most = 200;
 async function unpack(id) {
-  const bytes = Uint8Array.from(atob(document.getElementById(id).textContent), c => c.charCodeAt(0));
-  const stream = new Blob([bytes]).stream().pipeThrough(new DecompressionStream("gzip"));
-  return JSON.parse(await new Response(stream).text());
-}
-function el(tag, attributes, ...kids) {  // text goes in as text, so that none of it can be markup
-  const space = /svg|rect|circle|title/.test(tag) ? "2000/svg" : "1999/xhtml";
-  const e = document.createElementNS("http://www.w3.org/" + space, tag);
-  for (const [key, value] of Object.entries(attributes))
-    key.startsWith("on") ? e[key] = value : e.setAttribute(key, value);
-  e.append(...kids);
-  return e;
-}
-const titled = (title, ...kids) => el("div", {}, el("h2", {}, title), ...kids);
-const link = l => data.rows[l].page ? el("a", {href: "#latent=" + l}, String(l)) : String(l);
-const show = v => typeof v === "number" && !Number.isInteger(v) ? v.toPrecision(3) : String(v ?? "");
-const dim = text => el("span", {class: "dim"}, text + "  ");
-function bars(values, labels, color, width, height) {
-  const step = width / values.length, scale = height / Math.max(...values, 1e-9);
-  const bar = (v, i) => el("rect", {x: i * step, y: height - v * scale, width: step - 1, height: v * scale,
-    fill: `var(--${color})`}, el("title", {}, `${labels[i]}: ${show(v)}`));
-  return el("svg", {width, height}, ...values.map(bar));
+  const bytes = Uint8Array.from(atob(get(id).textContent), c => c.charCodeAt(0));
+  return new Response(new Blob([bytes]).stream().pipeThrough(new DecompressionStream("gzip"))).text();
 }
 function list() {
-  const found = data.rows.filter(r => wanted === show(r.latent) || r.tokens.toLowerCase().includes(wanted));
-  found.sort((a, b) => ((a[sorted] ?? -1) > (b[sorted] ?? -1) ? 1 : -1) * (up ? 1 : -1));
-  const norms = r => bars(r.norms, data.names, "writes", 60, 16);
-  const cell = (r, c) => c === "latent" ? link(r.latent) : c === "norms" ? norms(r) : show(r[c]);
-  const sort = c => { up = sorted === c && !up; sorted = c; list(); };
-  const mark = c => c + (sorted !== c ? "" : up ? " ▲" : " ▼");
-  const heads = data.columns.map(c => el("th", {onclick: () => sort(c)}, mark(c)));
-  const line = r => el("tr", {}, ...data.columns.map(c => el("td", {}, cell(r, c))));
-  const dot = r => el("circle", {r: 3, fill: "var(--writes)", "fill-opacity": .4,
-    cx: 333 + 66 * Math.log10(r.density), cy: 195 - 190 * (r.span - 1) / Math.max(1, data.names.length - 1),
-    onclick: () => r.page && (location.hash = "latent=" + r.latent)},
-    el("title", {}, r.latent + ": " + r.tokens));
-  const dots = el("svg", {width: 340, height: 200}, ...found.filter(r => r.density > 0).map(dot));
-  const table = el("table", {class: "list"}, el("tr", {}, ...heads), ...found.slice(0, 200).map(line));
-  document.getElementById("found").replaceChildren(
-    titled("span (upwards) against density (to the right, log)", dots),
-    titled(`${found.length} latents` + (found.length > 200 ? ", the first 200 by " + sorted : ""),
-      el("div", {class: "wide"}, table)));
+  const wanted = get("search").value.toLowerCase();
+  const matches = ([latent, tokens]) => wanted === String(latent) || tokens.toLowerCase().includes(wanted);
+  const found = rows.filter(r => matches(r.values));
+  const compare = (a, b) => (a > b) - (a < b);
+  found.sort((a, b) => sign * compare(a.values[column], b.values[column]));
+  order = found.map(r => r.values[0]).filter(latent => get("l" + latent));  // of those that have a page
+  get("dots").innerHTML = found.map(r => r.dot).join("");
+  get("lines").innerHTML = found.slice(0, most).map(r => r.line).join("");
+  get("count").textContent = `${found.length} latents, ${order.length} with a page: their number is a link`;
+  get("more").hidden = found.length <= most;
+  heads.forEach((head, i) => head.dataset.mark = i !== column ? "" : sign > 0 ? " ▲" : " ▼");
 }
-function example(e) {
-  const token = (text, i) => el("span", {title: e.acts[i], class: i === e.at ? "peak" : "",
-    style: `background: rgba(240, 140, 0, ${.75 * e.acts[i] / e.most})`}, text);
-  const act = dim(show(e.act) + (e.times > 1 ? " ×" + e.times : ""));
-  return el("div", {class: "example"}, act, ...e.tokens.map(token));
-}
+const latent = () => Number(location.hash.split("latent=")[1] ?? -1);
+const turn = step => "#latent=" + order.at((order.indexOf(latent()) + step) % order.length);
 async function draw() {
-  const names = data.names, i = data.pages.indexOf(Number(location.hash.split("latent=")[1] ?? -1));
-  if (i < 0) {
-    const help = about + (data.columns.includes("nu_eps") ? aboutTwo : "");
-    const oninput = event => { wanted = event.target.value.toLowerCase(); list(); };
-    main.replaceChildren(el("h1", {}, data.title), el("input", {id: "search", value: wanted, oninput,
-      placeholder: "/ to search: a latent's number, or a token"}), el("p", {class: "dim"}, help),
-      el("div", {id: "found"}));
-    document.getElementById("search").focus();
-    return list();
-  }
-  const latent = data.pages[i], page = await unpack("l" + latent), row = data.rows[latent];
-  const columns = data.columns.filter(c => !["latent", "norms", "tokens"].includes(c));
-  const shade = v => `background: rgba(${v < 0 ? "220, 90, 50" : "60, 90, 200"}, ${Math.abs(v) / 2})`;
-  const cell = (v, l, k) => el("td", {style: shade(v), title: names[l] + ", " + names[k]}, show(v));
-  const cosines = page.cosines.map((r, l) => el("tr", {}, ...r.map((v, k) => cell(v, l, k))));
-  const source = color => bars(color === "writes" ? row.norms : page.drives, names, color, 220, 80);
-  const words = (tokens, l) => el("div", {}, dim(names[l]), tokens.join(" · "));
-  const links = ([l, v]) => el("div", {}, link(l), dim("  " + show(v)));
-  main.replaceChildren(
-    el("a", {href: "#"}, "all latents"), "  ← ", link(data.pages.at(i - 1)), "  → ",
-    link(data.pages.at(i + 1 - data.pages.length)), el("h1", {}, "latent " + latent),
-    el("p", {}, columns.map(c => c + " " + show(row[c])).join(", ")),
-    el("div", {class: "row"},
-      titled("writes to: decoder norms", source("writes"), dim(names[0] + " to " + names.at(-1))),
-      titled("driven by: change without it", source("drives"), dim(names[0] + " to " + names.at(-1))),
-      titled("activations", bars(page.counts, page.edges, "writes", 260, 80), dim(page.percentiles)),
-      titled("cosine of decoder vectors", el("table", {}, ...cosines))),
-    ...page.bands.map(([title, examples]) => titled(title, ...examples.map(example))),
-    titled("promotes, through the final norm", ...page.promoted.map(words)),
-    titled("suppresses", ...page.suppressed.map(words)),
-    el("div", {class: "row"}, titled("nearest by decoder cosine", ...page.near.map(links)),
-      titled("nearest by tokens in common (Jaccard)", ...page.together.map(links))));
-  scrollTo(0, 0);
+  const has = get("l" + latent()), home = latent() < 0;
+  get("index").hidden = !home;
+  const none = '<a href="#">all latents</a><h1>This latent has no page: it is not one of those chosen</h1>';
+  get("page").innerHTML = home ? "" : has ? await unpack(has.id) : none;
+  if (home) get("search").focus();
+  if (has) [get("before").href, get("after").href] = [turn(-1), turn(1)];
+  if (has) scrollTo(0, 0);
 }
-onhashchange = draw;
 onkeydown = event => {
-  if (event.target.tagName === "INPUT") return;
-  const i = data.pages.indexOf(Number(location.hash.split("=")[1]));
-  const step = {ArrowLeft: i - 1, ArrowRight: i + 1 - data.pages.length}[event.key];
-  if (i >= 0 && step !== undefined) location.hash = "latent=" + data.pages.at(step);
-  if (event.key !== "/") return;
+  const isSearch = event.target.id === "search", step = {ArrowLeft: -1, ArrowRight: 1}[event.key];
+  if (isSearch && event.key === "Enter" && order.length) location.hash = "latent=" + order[0];
+  if (isSearch && event.key === "Escape") event.target.blur();
+  if (!isSearch && step && latent() >= 0) location.hash = turn(step);
+  if (isSearch || event.key !== "/") return;
   event.preventDefault();
   location.hash = "";
-  document.getElementById("search")?.focus();  // where the table is shown already
+  get("search").focus();  // where the table is shown already
 };
-onload = async () => { data = await unpack("index"); draw(); };
+onhashchange = draw;
+onload = async () => { rows = JSON.parse(await unpack("rows")); list(); draw(); };
+get("search").oninput = list;
+get("more").onclick = () => { most *= 2; list(); };
+heads.forEach((head, i) => head.onclick = () => { sign = column === i ? -sign : -1; column = i; list(); });
 </script>
-"""
+{% for key, text in packed.items() %}<script type="text/plain" id="{{ key }}">{{ text }}</script>
+{% endfor %}
+{% endmacro %}"""
 
-def pack(value) -> str:
-    """JSON, compressed, as letters that mean nothing to a browser."""
-    return base64.b64encode(gzip.compress(json.dumps(value).encode())).decode()
+def pack(text: str) -> str:
+    """Text, compressed, as letters that mean nothing to a browser."""
+    return base64.b64encode(gzip.compress(text.encode())).decode()
 
 def get_words(vectors: Float[Tensor, "n_layers d_model"], models: list) -> tuple[list, list]:
     """-> the tokens that a latent promotes; that it suppresses. From each source in the residual stream:
     its decoder vector through the final norm, but for the scale, and the unembedding. None where it
     writes nothing."""
-    promoted, suppressed = [], []
+    promoted = []
+    suppressed = []
     if not cfg["site"].startswith(("resid", "mlp_out", "attn_out")):
         return promoted, suppressed
     for m, model in enumerate(models):
@@ -351,6 +383,11 @@ def get_words(vectors: Float[Tensor, "n_layers d_model"], models: list) -> tuple
                 tokens = (sign * logit).topk(8).indices.tolist() if row.any() else []
                 words.append([show_token(token) for token in tokens])
     return promoted, suppressed
+
+def get_nearest(similarity: Float[Tensor, "n"], latents: Tensor, latent: int) -> list[tuple[int, float]]:
+    """The eight of these latents that are most similar to this one, and how similar they are."""
+    top = similarity.topk(min(9, len(similarity)))
+    return [(i, v) for i, v in zip(latents[top.indices].tolist(), top.values.tolist()) if i != latent]
 
 def get_page(crosscoder: CrossCoder, models: list, tokens: Tensor, latent: int, acts: Tensor) -> dict:
     """What a latent's page shows; acts [seq, pos] are its activations on tokens."""
@@ -366,59 +403,58 @@ def get_page(crosscoder: CrossCoder, models: list, tokens: Tensor, latent: int, 
     vectors = crosscoder.W_dec[latent]
     unit = F.normalize(vectors, dim=1)
     cosines = F.normalize(crosscoder.W_dec.flatten(1), dim=1) @ F.normalize(vectors.flatten(), dim=0)
-    nearest = cosines.topk(min(9, len(cosines))).indices.tolist()
     promoted, suppressed = get_words(vectors, models)
     return {
-        "bands": bands, "counts": counts.tolist(), "edges": [f"from {edge:.3g}" for edge in edges[:-1]],
+        "latent": latent, "bands": bands, "counts": counts.tolist(),
+        "edges": [f"from {edge:.3g}" for edge in edges[:-1]], "cosines": (unit @ unit.T).tolist(),
         "percentiles": "half to {:.3g}, 90% to {:.3g}, 99% to {:.3g}".format(*percentiles),
-        "cosines": (unit @ unit.T).tolist(), "near": [[i, cosines[i].item()] for i in nearest if i != latent],
+        "near": get_nearest(cosines, torch.arange(len(cosines)), latent),
         "promoted": promoted, "suppressed": suppressed}
 
 def write_pages(crosscoder, models: list, tokens: Tensor, latents, path: str, more: dict = {}) -> None:
     """Writes one HTML file, which needs no network: a table of all latents, and a page for each of these.
     more: further columns by name, [d_sae] each. Holds the activations of these latents on all tokens."""
     latents = torch.as_tensor(latents).cpu()
-    acts = []
-    sums = 0
-    for part in tokens.split(4):
-        each = crosscoder.encode(get_stacked_resids(models, part, cfg)).float()
-        each[:, 0] = 0  # position 0 is not trained on
-        sums = sums + each.sum((0, 1)).cpu()
-        acts.append(each[..., latents].movedim(2, 0).cpu())
-    acts = torch.cat(acts, dim=1)  # [latent, seq, pos]
+    acts, sums = get_acts(crosscoder, models, tokens, latents)
     stats = get_stats(crosscoder, models, tokens, cfg)
     drives = get_drives(crosscoder, iter_rows(models, tokens, cfg), stats["mean"])
     norms = crosscoder.W_dec.norm(dim=-1).cpu()
     columns = {
-        "latent": torch.arange(len(norms)), "density": stats["freqs"],
-        "mean": sums / (stats["freqs"] * acts[0, :, 1:].numel()).clamp(min=1), "norms": norms,
+        "density": stats["freqs"], "mean": sums / (stats["freqs"] * acts[0, :, 1:].numel()).clamp(min=1),
         "span": norms.sum(1) / norms.amax(1).clamp(min=1e-30),
         "coherence": drives.sum(1) / drives.amax(1).clamp(min=1e-30), **more}
-    values = [column.tolist() for column in columns.values()]
-    rows = [dict(zip(columns, row), tokens="", page=False) for row in zip(*values)]
+    table = torch.stack([column.double() for column in columns.values()], dim=1).tolist()
+    template = jinja2.Environment(autoescape=True, trim_blocks=True).from_string(PAGES).module
     fires = (acts.flatten(1) > 0).float()
     counts = fires.sum(1)
-    pages = {}
-    for j, latent in enumerate(tqdm.tqdm(latents.tolist(), desc="latent pages")):
+    pages = dict.fromkeys(latents.tolist(), "")  # of each the tokens on which it is most active
+    packed = {}
+    for j, latent in enumerate(tqdm.tqdm(pages, desc="latent pages")):
         page = get_page(crosscoder, models, tokens, latent, acts[j])
         if j % 256 == 0:
             blocks = fires @ fires[j : j + 256].T
         common = blocks[:, j % 256]
         jaccard = common / (counts + counts[j] - common).clamp(min=1)
-        nearest = jaccard.topk(min(9, len(jaccard))).indices.tolist()
-        page["together"] = [[latents[i].item(), jaccard[i].item()] for i in nearest if i != j]
-        page["drives"] = drives[latent].tolist()
-        pages[f"l{latent}"] = pack(page)
+        page |= {
+            "about": dict(zip(columns, table[latent])), "names": names, "pages": pages,
+            "norms": norms[latent].tolist(), "drives": drives[latent].tolist(),
+            "together": get_nearest(jaccard, latents, latent)}
+        packed[f"l{latent}"] = pack(template.page(page))
         top = [example["tokens"][example["at"]] for example in page["bands"][0][1]]
-        rows[latent] |= {"tokens": " ".join(dict.fromkeys(top[:8])), "page": True}
+        pages[latent] = " ".join(dict.fromkeys(top[:8]))
+    rows = []
+    for latent, values in enumerate(table):
+        shown = (latent, pages.get(latent, ""))
+        x = 333 + 66 * math.log10(max(values[0], 1e-30))
+        y = 195 - 190 * (values[2] - 1) / max(1, len(names) - 1)
+        rows.append({
+            "values": [*shown, *values, norms[latent].sum().item()],
+            "line": template.line(*shown, values, norms[latent].tolist(), names, pages),
+            "dot": template.dot(*shown, x, y)})
+    packed["rows"] = pack(json.dumps(rows))
     title = f"{len(rows):,} latents of {', '.join(Path(name).name for name in cfg['model_name'])}"
-    index = {
-        "title": title, "names": names, "rows": rows, "pages": latents.tolist(),
-        "columns": ["latent", "tokens", *[name for name in columns if name != "latent"]]}
-    with open(path, "w", encoding="utf-8") as file:
-        file.write(PAGE)
-        for key, text in {"index": pack(index), **pages}.items():
-            file.write(f'<script type="text/plain" id="{key}">{text}</script>\n')
+    html = template.document(title, ["latent", "tokens", *columns, "norms"], len(names), packed)
+    Path(path).write_text(html, encoding="utf-8")
 
 chosen = (freqs > 0).nonzero().flatten()[:2048]
 write_pages(crosscoder, models, held_out, chosen, "latents.html")
@@ -450,11 +486,7 @@ def write_examples(crosscoder, models: list, tokens: Tensor, latents, folder: st
     [n] and tokens in one file, and config.json. examples.jsonl: of each latent the largest activations and
     random ones, each with the tokens around it and their activations."""
     latents = torch.as_tensor(latents).cpu()
-    acts = []
-    for part in tokens.split(4):
-        acts.append(crosscoder.encode(get_stacked_resids(models, part, cfg))[..., latents].float().cpu())
-    acts = torch.cat(acts)  # [seq, pos, latent]
-    acts[:, 0] = 0  # position 0 is not trained on
+    acts = get_acts(crosscoder, models, tokens, latents)[0].movedim(0, 2)  # [seq, pos, latent]
     places = acts.nonzero()
     values = acts[tuple(places.T)]
     places[:, 2] = latents[places[:, 2]]

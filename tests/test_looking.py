@@ -92,37 +92,49 @@ def pages(tmp_path_factory):
     with torch.no_grad():
         scratch["write_pages"](
             crosscoder, models, tokens[-8:], range(0, 256, 2), folder / "pages.html", {"exclusive": torch.arange(256) % 3})
-    return folder / "pages.html", crosscoder, (cfg, models, tokens[-8:])
+    return folder / "pages.html", crosscoder, (cfg, models, tokens[-8:]), names
 
 
 def unpack(html, name):
     (text,) = re.findall(f'<script type="text/plain" id="{name}">(.*)</script>', html)
-    return json.loads(SCRATCH["gzip"].decompress(SCRATCH["base64"].b64decode(text)))
+    return SCRATCH["gzip"].decompress(SCRATCH["base64"].b64decode(text)).decode()
 
 
+@torch.no_grad()
 def test_a_page_says_what_is_so(pages):
-    path, crosscoder, _ = pages
+    path, crosscoder, (cfg, models, tokens), _ = pages
     html = path.read_text()
-    index = unpack(html, "index")
-    assert index["pages"] == [*range(0, 256, 2)] and len(index["rows"]) == 256
-    row = max((row for row in index["rows"] if row["page"]), key=lambda row: row["density"])
-    norms = crosscoder.W_dec[row["latent"]].norm(dim=-1)
-    assert row["norms"] == pytest.approx(norms.tolist(), rel=1e-5) and row["span"] == pytest.approx((norms.sum() / norms.max()).item(), rel=1e-5)
-    page = unpack(html, f"l{row['latent']}")
+    rows = json.loads(unpack(html, "rows"))
+    assert len(rows) == 256 and [row["values"][0] for row in rows if "#latent" in row["line"]] == [*range(0, 256, 2)]
+    latent, _, density, mean, span, coherence, exclusive, _ = max(rows[::2], key=lambda row: row["values"][2])["values"]
+    acts = crosscoder.encode(get_stacked_resids(models, tokens, cfg))[..., latent].float()
+    acts[:, 0] = 0
+    norms = crosscoder.W_dec[latent].norm(dim=-1)
+    assert (density, mean) == pytest.approx(((acts[:, 1:] > 0).float().mean().item(), acts[acts > 0].mean().item()), rel=1e-4)
+    assert span == pytest.approx((norms.sum() / norms.max()).item(), rel=1e-5) and exclusive == latent % 3
+    assert 1 <= coherence <= 4
+    shown = unpack(html, f"l{latent}")
+    for text in [f"density {density:.3g}, ", *[f"</i> {norm:.3g}" for norm in norms.tolist()], f'<span class="dim">{acts.max():.3g} ']:
+        assert text in shown, text
+    SCRATCH["get_page"].__globals__.update(cfg=cfg, tokenizer=get_tokenizer(models))
+    page = SCRATCH["get_page"](crosscoder, models, tokens, latent, acts)
     examples = page["bands"][0][1]
     assert [example["act"] for example in examples] == sorted((example["act"] for example in examples), reverse=True)
     for title, examples in page["bands"]:
         for example in examples:
             assert example["acts"][example["at"]] == pytest.approx(example["act"], abs=1e-3)
             assert len(example["tokens"]) == len(example["acts"])
-    assert sum(page["counts"]) == round(row["density"] * 8 * 127)
+    assert sum(page["counts"]) == round(density * 8 * 127)
     assert len(page["promoted"]) == len(page["suppressed"]) == 4 and all(len(words) == 8 for words in page["promoted"])
-    assert row["latent"] not in [latent for latent, _ in page["near"] + page["together"]]
+    assert len(page["near"]) == 8 and latent not in dict(page["near"])
 
 
 def test_no_text_can_be_markup(pages):
     html = pages[0].read_text()
-    assert "onerror" not in html and html.count("<script") == 2 + 128  # the code, the index, the pages
+    assert "onerror" not in html and html.count("<script") == 2 + 128  # the code, the table, the pages
+    shown = [unpack(html, f"l{latent}") for latent in range(0, 256, 2)]
+    shown += [row["line"] + row["dot"] for row in json.loads(unpack(html, "rows"))]
+    assert "&lt;img src=x" in shown[0] + shown[-2] and not any("<img" in text or "<script" in text for text in shown)
 
 
 @pytest.fixture(scope="module")
@@ -158,29 +170,44 @@ def test_in_a_browser_one_goes_from_the_table_to_a_latent_and_on(pages, browser,
     browser.get("about:blank")
     browser.get(f"file://{pages[0]}")
     until(lambda: texts("td a"))
-    assert browser.title == "Latents" and texts("h1") == ["256 latents of base, tuned"]
-    assert len(texts("circle")) > 100
-    first = texts("td a")[3]
+    assert browser.title == "Latents" and texts("#index h1") == ["256 latents of base, tuned"]
+    assert len(texts("circle")) == 256 and len(texts("#lines tr")) == 200
+    click("#more")
+    assert len(texts("#lines tr")) == 256 and run("return document.getElementById('more').hidden")
+    order = texts("td a")
     click("td a", 3)
     until(lambda: texts(".example"))
-    assert texts("h1") == [f"latent {first}"] and len(texts("svg")) == 3
+    assert texts("#page h1") == [f"latent {order[3]}"] and texts("#page td:first-child") == pages[3]
     assert run("return document.documentElement.scrollWidth <= innerWidth")
-    second = texts(".row:last-child a")[0]
-    click(".row:last-child a")  # a neighbour
-    until(lambda: texts("h1") == [f"latent {second}"])
-    press(Keys.ARROW_RIGHT)
-    until(lambda: texts("h1") == [f"latent {(int(second) + 2) % 256}"])
+    press(Keys.ARROW_RIGHT)  # in the table's order
+    until(lambda: texts("#page h1") == [f"latent {order[4]}"])
+    click("#before")
+    until(lambda: texts("#page h1") == [f"latent {order[3]}"])
+    neighbour = texts(".near a")[0]
+    click(".near a")
+    until(lambda: texts("#page h1") == [f"latent {neighbour}"])
     press("/")
-    until(lambda: texts("#search"))
+    until(lambda: not texts("#page h1"))
     run("document.activeElement.blur()")
     press("/")  # also where the table is shown already
     press("onerror")
-    until(lambda: len(texts("tr")) - 1 < 200)
-    assert len(texts("tr")) > 1 and all(HOSTILE in text for text in texts("tr")[1:])
-    click("th", texts("th").index("density ▼"))
-    assert "density ▲" in texts("th")
+    until(lambda: len(texts("#lines tr")) < 200)
+    assert texts("#lines tr") and all(HOSTILE in text for text in texts("#lines tr"))
+    marks = lambda: run("return [...document.querySelectorAll('th')].map(e => e.dataset.mark || '')")
+    assert marks()[2] == " ▼"
+    click("th", 2)
+    assert marks()[2] == " ▲"
+    densities = [float(text) for text in texts("#lines td:nth-child(3)")]
+    assert densities == sorted(densities)
+    first = texts("td a")[0]
+    press(Keys.ENTER)  # still in the search
+    until(lambda: texts("#page h1") == [f"latent {first}"])
+    browser.get("about:blank")
+    browser.get(f"file://{pages[0]}#latent=127")
+    until(lambda: texts("#page h1"))
+    assert "has no page" in texts("#page h1")[0]
     browser.get(f"file://{pages[0]}#latent=128")
-    until(lambda: texts("h1") == ["latent 128"])
+    until(lambda: texts("#page h1") == ["latent 128"])
     assert browser.title == "Latents"
     assert not browser.get_log("browser")
     requests = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]
@@ -191,7 +218,7 @@ def test_in_a_browser_one_goes_from_the_table_to_a_latent_and_on(pages, browser,
 # ---- Lists and files -----------------------------------------------------------------------------
 @torch.no_grad()
 def test_what_delphi_reads_is_what_encode_gives(pages, tmp_path):
-    _, crosscoder, (cfg, models, tokens) = pages
+    _, crosscoder, (cfg, models, tokens), _ = pages
     SCRATCH["write_examples"].__globals__.update(cfg=cfg, tokenizer=get_tokenizer(models))
     latents = [3, 50, 200]
     SCRATCH["write_examples"](crosscoder, models, tokens, latents, tmp_path)
@@ -216,7 +243,7 @@ def test_what_delphi_reads_is_what_encode_gives(pages, tmp_path):
 
 @torch.no_grad()
 def test_latents_of_a_text_are_those_that_encode_gives(pages):
-    _, crosscoder, (cfg, models, _) = pages
+    _, crosscoder, (cfg, models, _), _ = pages
     tokenizer = get_tokenizer(models)
     SCRATCH["find_latents"].__globals__.update(
         cfg=cfg, models=models, crosscoder=crosscoder, tokenizer=tokenizer, held_out=torch.tensor([[tokenizer.bos_token_id]]))
@@ -232,7 +259,7 @@ def test_latents_of_a_text_are_those_that_encode_gives(pages):
 
 @torch.no_grad()
 def test_a_source_that_is_not_written_to_promotes_nothing(pages):
-    _, crosscoder, (cfg, models, _) = pages
+    _, crosscoder, (cfg, models, _), _ = pages
     SCRATCH["get_words"].__globals__.update(cfg=cfg, tokenizer=get_tokenizer(models))
     vectors = crosscoder.W_dec[0].clone()
     vectors[2] = 0
