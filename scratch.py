@@ -299,11 +299,11 @@ i { display: inline-block; height: 10px; background: var(--writes); margin-right
 </style>
 <main id="index"><h1>{{ title }}</h1>
 <input id="search" placeholder="/ to search: a latent's number, or a token">
-<p class="dim">density: on how many of the tokens it is active; mean: its activation there; span, norms: to how
-many sources, and how strongly to each, it writes; coherence: how many drive it; tokens: on which it is most
-active. {% if "nu_eps" in heads %}Relative norm: 0 writes to the first model only, 1 to the second; exclusive:
-really in one alone, as the other has little of it in what is left over (nu_eps) and reconstructed (nu_r).
-{% endif %}</p>
+<p class="dim">density: on how many of the tokens it is active; mean: its activation there; span, norms: to
+how many sources, and how strongly to each, it writes; coherence: how many drive it; tokens: on which it is
+most active. {% if "nu_eps" in heads %}Relative norm: 0 writes to the first model only, 1 to the second;
+exclusive: really in one alone, as the other has little of it in what is left over (nu_eps) and reconstructed
+(nu_r).{% endif %}</p>
 <h2>span, 1 to {{ n_layers }} upwards, against density, 0.00001 to 1 to the right (log)</h2>
 <svg width="340" height="200"><path d="M1 0V199H340" fill="none" stroke="gray"/>
 <g id="dots" fill-opacity=".4"></g></svg>

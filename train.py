@@ -53,6 +53,7 @@ KEYS = {  # key: (default, comment); default_cfg and --help are made of this
                 "hub name@revision, file or folder of text; it and tokens can be mixed: a:0.5,b:0.5"),
     "seq_len": (1024, "tokens in a sequence, the first of them BOS"),
     "num_tokens": (1_070_000_000, "tokens to train on: one row of activations each"),
+    "outlier_norm": (20.0, "rows so many times as long as the mean, at any source, are left out; 0: none"),
     "batch_size": (2048, "rows in a step"),
     "buffer_mult": (512, "batches that the shuffled buffer holds"),
     "buffer_device": ("auto", "where the buffer is kept; auto is the device"),
@@ -62,7 +63,9 @@ KEYS = {  # key: (default, comment); default_cfg and --help are made of this
     "dec_init_norm": (0.005, "relu: initial norm of each latent's decoder vector at each source"),
     "l1_coeff": (2.0, "relu: sparsity penalty after its warm-up"),
     "k": (64, "topk, batchtopk: active latents a token, for batchtopk on average; 8 k at first"),
+    "l0": (0.0, "relu, jumprelu: active latents a token to aim at; coefficients are then only the start"),
     "l0_coeff": (5.0, "jumprelu: sparsity penalty at the end of training, from 0 at its beginning"),
+    "init_from": ("", "a run's folder or hub name: begin with its weights, normalisation and thresholds"),
     "n_shared": (0, "several models: latents, the first, that write the same to all of them [F25]"),
     "shared_penalty": (0.1, "relu, jumprelu: share of the sparsity penalty that these pay"),
     "n_exclusive": (0, "several models: latents of each, the next, that read and write no other"),
@@ -177,13 +180,14 @@ DEVICES = ["device", "buffer_device", "model_device"]
 MOST = 2**53  # above it floats, which all numbers are read as, leave out whole numbers
 LIMITS = {  # of numbers: the least; what they must be below; both in words. All others: above 0
     **dict.fromkeys(
-        ["seed", "l1_coeff", "aux_coeff", "n_shared", "n_exclusive"], (0, MOST, "of at least 0")),
+        ["seed", "l1_coeff", "l0", "outlier_norm", "aux_coeff", "n_shared", "n_exclusive"],
+        (0, MOST, "of at least 0")),
     **dict.fromkeys(["seq_len", "buffer_mult"], (2, MOST, "of at least 2")),
     **dict.fromkeys(["beta1", "beta2"], (1e-300, 1, "above 0 and below 1")),
 }
 USED_BY = {
     "dec_init_norm": ["relu"], "l1_coeff": ["relu"], "k": ["topk", "batchtopk"],
-    "l0_coeff": ["jumprelu"], "shared_penalty": ["relu", "jumprelu"],
+    "l0_coeff": ["jumprelu"], "l0": ["relu", "jumprelu"], "shared_penalty": ["relu", "jumprelu"],
 }
 MAY_CHANGE = [  # on resume; the text is known by its hash, and the models by their fingerprint
     "model_name", "resume", "keep", "save_dir", "save_every", "log_every", "eval_every", "wandb_mode",
@@ -331,6 +335,17 @@ def find_resume(resume: str, save_dir: str) -> Path:
     return folder
 
 
+def find_parent(name: str) -> str:
+    """The folder of a crosscoder on this machine, or on the hub. ValueError where there is none."""
+    path = Path(locate(name)).resolve()
+    try:
+        if not path.exists():
+            path = Path(huggingface_hub.snapshot_download(name))
+    except Exception as error:
+        raise bad("init_from", name, explain(error)) from None
+    return str(find_checkpoint("init_from", path, ["cfg.json", "crosscoder.safetensors"]))
+
+
 def fill_in(cfg: dict) -> None:
     """Fills in every "auto", as suits this machine. ValueError for what it does not have."""
     best = "cuda" if torch.cuda.is_available() else "cpu"
@@ -369,6 +384,8 @@ def check(cfg: dict) -> None:
         raise bad("device", cfg["device"], "each rank has its own; give auto")
     if "topk" in cfg["activation"] and cfg["k"] > d_sae:
         raise bad("k", cfg["k"], f"more than dict_size={d_sae}")
+    if cfg["l0"] > d_sae:
+        raise bad("l0", cfg["l0"], f"more than dict_size={d_sae}")
     if len(set(cfg["layers"])) < len(cfg["layers"]):
         raise bad("layers", cfg["layers"], "give each once")
     n_models = len(cfg["model_name"])
@@ -809,6 +826,9 @@ def results(cfg: dict, metrics: dict[str, float], n_layers: int) -> str:
         if name != "all":
             line += f"  {metrics[f'norm_ratio/{name}']:10.3f}"
         lines.append(line)
+    if metrics["data/outliers"]:
+        fvus = [f"{metrics[f'fvu_with_outliers/{name}']:.4f}" for name in [*names, "all"]]
+        lines.append(f"FVU is without {metrics['data/outliers']:.3%} outliers; with them {' '.join(fvus)}")
     lines.append(f"L0 {metrics['sparsity/l0']:.1f}, dead latents {metrics['sparsity/dead']:.1%}, "
                  f"clean CE {metrics['ce/clean']:.4f}")
     return "\n".join(lines)
@@ -856,6 +876,8 @@ def handle_signals(trainer: Trainer) -> None:
 def start(cfg: dict) -> Trainer:
     """Opens models and text and makes a Trainer; says what the run is on stdout and in its folder.
     In a notebook: trainer = start(make_cfg(...)), then trainer.train()."""
+    if cfg["init_from"] and not cfg["resume"]:
+        cfg |= {"init_from": find_parent(cfg["init_from"])}
     models = load_models(cfg)
     print(header(cfg, models), flush=True)
     all_tokens = load_tokens(cfg, models)

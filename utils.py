@@ -34,7 +34,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 import tqdm
 import wandb
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from transformer_lens.utilities import get_act_name
 
@@ -377,6 +377,14 @@ class CrossCoder(nn.Module):
         """Raw activations to raw reconstructions."""
         return self.decode(self.encode(x))
 
+    def is_outlier(self, x: Resids) -> Bool[Tensor, "batch"]:
+        """Whether a row is, at some source, over outlier_norm times as long as that source's mean row. None
+        is where a tenth are or more, as where norm_factor has another scale."""
+        most = self.cfg.get("outlier_norm") or math.inf  # an earlier version's cfg has none
+        norms = x.norm(dim=-1, dtype=torch.float32)  # [batch, n_layers]
+        is_long = (norms > most * math.sqrt(x.shape[-1]) * self.norm_factor).any(-1)
+        return is_long & (is_long.float().mean() < 0.1)
+
     # ---- CrossCoder: which latents are active
     @torch.no_grad()
     def get_decoder_norms(self) -> Float[Tensor, "d_sae"]:
@@ -530,6 +538,29 @@ class CrossCoder(nn.Module):
             self.threshold.copy_(torch.stack(lowest).mean())
 
     # ---- CrossCoder: files
+    @torch.no_grad()
+    def start_from(self, parent: "CrossCoder") -> None:
+        """Takes over another's weights, normalisation and thresholds. Of a one-model crosscoder each of
+        several models gets the decoder, and its share of the encoder: of models that are alike latents stay
+        as active as they were. ValueError, naming the key, where they do not fit."""
+        weights = parent.state_dict()
+        kinds = []
+        for each in (self, parent):
+            layers = each.cfg["layers"] or [*range(len(each.b_dec) // each.n_models)]
+            kinds.append({
+                "n_models": each.n_models, "layers": layers, "d_model": each.b_dec.shape[1],
+                **{key: each.cfg[key] for key in ("site", "center", "dict_size", "activation")}})
+        if parent.n_models == 1:
+            kinds[1]["n_models"] = self.n_models
+            for key, axis in (("W_enc", 0), ("W_dec", 1), ("b_dec", 0), ("norm_factor", 0)):
+                weights[key] = torch.cat([weights[key]] * self.n_models, axis)
+            weights["W_enc"] /= self.n_models
+        for key, wanted in kinds[0].items():
+            if kinds[1][key] != wanted:
+                raise bad("init_from", self.cfg["init_from"], f"its {key} is {kinds[1][key]}, not {wanted}")
+        self.load_state_dict(weights)
+        self.constrain(self.W_enc, self.W_dec)
+
     def save(self, path: str | Path, state: dict = {}) -> None:
         """Writes the folder path, whole or not at all: crosscoder.safetensors, cfg.json,
         manifest.json. The tensors of a trainer's state go into trainer.safetensors, all else into
@@ -730,8 +761,9 @@ def iter_rows(models: list, tokens: Tokens, cfg: dict) -> Iterator[Tensor]:
 @torch.no_grad()
 def get_stats(crosscoder: CrossCoder, models: list, tokens: Tokens, cfg: dict) -> dict:
     """How the crosscoder reconstructs and fires on tokens without position 0. On the CPU, in float64:
-    fvu [n_layers]: sum ||x - x_hat||^2 / sum ||x - E x||^2; nan where x is constant
+    fvu [n_layers]: sum ||x - x_hat||^2 / sum ||x - E x||^2 without outliers; nan where x is constant
     fvu_all: the same over all sources, source l weighted by norm_factor[l] ** -2, as in the loss
+    fvu_with_outliers, fvu_all_with_outliers: both over all rows; outliers: their share
     norm_ratio [n_layers]: E||x_hat|| / E||x||, below 1 where there is shrinkage
     mean [n_layers, d_model]: E x; l0: active latents a token; freqs [d_sae]: how often each fires.
     Of several ranks each reads all tokens, with its own latents."""
@@ -743,26 +775,31 @@ def get_stats(crosscoder: CrossCoder, models: list, tokens: Tokens, cfg: dict) -
             center = x.mean(0)
         acts = crosscoder.encode(x)
         x_hat = crosscoder.decode(acts)
-        sums = torch.stack([
-            (x - center).pow(2).sum((0, 2)), (x - x_hat).pow(2).sum((0, 2)),
-            x.norm(dim=-1).sum(0), x_hat.norm(dim=-1).sum(0)])
-        totals = totals + sums.cpu().double()  # [4, n_layers]
-        means = means + (x - center).sum(0).cpu().double()
+        kinds = torch.stack([~crosscoder.is_outlier(x), x.new_ones(len(x), dtype=torch.bool)]).float()
+        sizes = torch.stack([
+            (x - center).pow(2).sum(2), (x - x_hat).pow(2).sum(2), x.norm(dim=-1), x_hat.norm(dim=-1)])
+        sums = einops.einsum(kinds, sizes, "kind row, size row n_layers -> size kind n_layers")
+        totals = totals + sums.cpu().double()
+        sums = einops.einsum(kinds, x - center, "kind row, row n_layers d_model -> kind n_layers d_model")
+        means = means + sums.cpu().double()
         fires = fires + (acts > 0).sum(0).cpu().double()
-        n_rows += len(x)
-    squares, errors, norms, norms_hat = totals
-    means = means / n_rows
-    variances = squares - n_rows * means.pow(2).sum(-1)  # [n_layers]
+        n_rows = n_rows + kinds.sum(1, keepdim=True).cpu().double()  # [kind, 1]
+    squares, errors, norms, norms_hat = totals  # [kind, n_layers] each
+    means = means / n_rows[..., None]
+    variances = squares - n_rows * means.pow(2).sum(-1)
     means = means + center.cpu().double()
     variances[variances <= 1e-14 * n_rows * means.pow(2).sum(-1)] = math.nan  # nothing to explain
     weights = crosscoder.norm_factor.cpu().double().pow(-2)
+    fvu = errors / variances
+    fvu_all = (errors * weights).sum(1) / (variances * weights).nansum(1)  # [kind]
     return {
-        "fvu": errors / variances,
-        "fvu_all": (errors * weights).sum() / (variances * weights).nansum(),
-        "norm_ratio": norms_hat / norms,
-        "mean": means,
-        "l0": sum_ranks(fires.sum()) / n_rows,
-        "freqs": fires / n_rows}
+        "fvu": fvu[0], "fvu_all": fvu_all[0],
+        "fvu_with_outliers": fvu[1], "fvu_all_with_outliers": fvu_all[1],
+        "outliers": 1 - n_rows[0, 0] / n_rows[1, 0],
+        "norm_ratio": norms_hat[1] / norms[1],
+        "mean": means[1],
+        "l0": sum_ranks(fires.sum()) / n_rows[1, 0],
+        "freqs": fires / n_rows[1, 0]}
 
 
 @torch.no_grad()
@@ -815,10 +852,12 @@ def evaluate(crosscoder: CrossCoder, models: list, tokens: Tokens, cfg: dict) ->
     of a source, or of all. ce/ablated_*: with the mean. An acausal reconstruction has seen later
     layers, which can flatter it."""
     stats = get_stats(crosscoder, models, tokens, cfg)
-    metrics = {"fvu/all": stats["fvu_all"].item(), "sparsity/l0": stats["l0"].item()}
+    metrics = {
+        "fvu/all": stats["fvu_all"].item(), "fvu_with_outliers/all": stats["fvu_all_with_outliers"].item(),
+        "data/outliers": stats["outliers"].item(), "sparsity/l0": stats["l0"].item()}
     for i, name in enumerate(source_names(cfg, len(stats["fvu"]))):
-        metrics[f"fvu/{name}"] = stats["fvu"][i].item()
-        metrics[f"norm_ratio/{name}"] = stats["norm_ratio"][i].item()
+        for kind in ("fvu", "fvu_with_outliers", "norm_ratio"):
+            metrics[f"{kind}/{name}"] = stats[kind][i].item()
     for batch in tokens.split(cfg["model_batch_size"]):
         clean = [get_ce(model, batch) for model in models]
         x = get_stacked_resids(models, batch, cfg)
@@ -951,6 +990,7 @@ def open_run(cfg: dict) -> tuple[Path, filelock.FileLock]:
 
 # ---- Trainer -------------------------------------------------------------------------------------
 MOST_SKIPPED = 10  # steps in a row before a run stops
+GAIN = 20  # of steer
 LIVE = "loss {loss/total:.1f} FVU {fvu/batch:.3f} L0 {sparsity/l0_batch:.1f} {perf/tokens_per_s:,.0f} tok/s"
 
 
@@ -971,7 +1011,7 @@ class Trainer:
     one that is there already, and may serve others, too."""
     STATE = (
         "step_counter", "evaluated_at", "history", "wandb_id", "tokens_since_fired", "is_dead",
-        "steps_skipped", "n_ranks")
+        "steps_skipped", "log_scale", "n_ranks")
 
     def __init__(self, cfg: dict, models: list, all_tokens: Tokens, buffer: Buffer | None = None):
         self.cfg = cfg
@@ -991,6 +1031,7 @@ class Trainer:
         self.tokens_since_fired = torch.zeros_like(self.crosscoder.b_enc, dtype=torch.long)
         self.is_dead = torch.zeros_like(self.crosscoder.b_enc, dtype=torch.uint8)  # for AuxK to revive
         self.dead: Int[Tensor, "n_dead"] | None = None  # the same, as get_losses takes them
+        self.log_scale = torch.zeros((), device=cfg["device"])  # of the sparsity coefficient: see steer
         self.steps_skipped = torch.zeros((), device=cfg["device"])
         self.skipped_in_a_row = torch.zeros((), device=cfg["device"])
         self.history: list[dict] = []  # all that was logged
@@ -1008,18 +1049,38 @@ class Trainer:
             self.load(Path(cfg["resume"]))
             return
         self.buffer.refresh()
+        if cfg["init_from"]:
+            self.crosscoder.start_from(CrossCoder.load(cfg["init_from"], cfg["device"]))
+            return
         if not cfg["norm"]:
             self.crosscoder.norm_factor.copy_(self.get_norm_factor())
-        self.crosscoder.calibrate(gather(self.buffer.peek()))
+        self.crosscoder.calibrate(self.peek())
 
     def get_norm_factor(self) -> Float[Tensor, "n_layers"]:
-        """E||x|| / sqrt(d_model) of each source, over the rows in the buffer."""
+        """E||x|| / sqrt(d_model) of each source, over the rows in the buffer but for outliers."""
         rows = self.buffer.buffer
-        norms = sum(x.float().norm(dim=-1).sum(0) for x in rows.split(self.cfg["batch_size"]))
-        norms = sum_ranks(norms) / self.n_ranks
-        if not norms.min() > 0:
+        norms = torch.cat([x.float().norm(dim=-1) for x in rows.split(self.cfg["batch_size"])])
+        mean = sum_ranks(norms.mean(0)) / self.n_ranks
+        if not mean.min() > 0:
             raise bad("site", self.cfg["site"], "its activations are all 0, or not finite")
-        return norms / len(rows) / math.sqrt(rows.shape[-1])
+        most = self.cfg["outlier_norm"] or math.inf
+        is_kept = (norms <= most * mean).all(1, keepdim=True)
+        mean = sum_ranks((norms * is_kept).sum(0)) / sum_ranks(is_kept.sum())
+        return mean / math.sqrt(rows.shape[-1])
+
+    def leave_out(self, x: Resids) -> tuple[Resids, Float[Tensor, ""]]:
+        """-> x with other rows of it in the place of outliers, which so weigh nothing in all that is made
+        of x, while no shape changes and nothing waits for the device; the share of outliers"""
+        is_outlier = self.crosscoder.is_outlier(x)
+        if not self.cfg["outlier_norm"]:
+            return x, is_outlier.float().mean()
+        others = is_outlier.byte().argsort(stable=True)  # these come first, and are the most
+        rows = torch.arange(len(x), device=x.device)
+        return x[torch.where(is_outlier, others[rows // 2], rows)], is_outlier.float().mean()
+
+    def peek(self) -> Resids:
+        """Rows that are soon to be trained on, of all ranks, without outliers."""
+        return self.leave_out(gather(self.buffer.peek()))[0]
 
     # ---- Trainer: schedules
     def get_lr(self) -> float:
@@ -1028,14 +1089,25 @@ class Trainer:
         decay = (self.total_steps - self.step_counter) / (0.2 * self.total_steps)
         return self.cfg["lr"] * max(0.0, min(1.0, warm_up, decay))
 
-    def get_l1_coeff(self) -> float:
-        """relu: up over the first 5% of the steps, then flat [A24]. jumprelu: up over all [J25]."""
+    def get_l1_coeff(self) -> float | Tensor:
+        """relu: up over the first 5% of the steps, then flat [A24]. jumprelu: up over all [J25]. Where an l0
+        is given, both as relu, times what steer has come to."""
+        coeffs = {"relu": self.cfg["l1_coeff"], "jumprelu": self.cfg["l0_coeff"]}
+        coeff = coeffs.get(self.cfg["activation"], 0.0)
         progress = self.step_counter / self.total_steps
+        if self.cfg["l0"]:
+            return coeff * min(1.0, progress / 0.05) * self.log_scale.exp()
         if self.cfg["activation"] == "relu":
-            return self.cfg["l1_coeff"] * min(1.0, progress / 0.05)
-        if self.cfg["activation"] == "jumprelu":
-            return self.cfg["l0_coeff"] * progress
-        return 0.0
+            return coeff * min(1.0, progress / 0.05)
+        return coeff * progress
+
+    def steer(self, l0: Float[Tensor, ""]) -> None:
+        """Moves the sparsity coefficient towards the one at which a batch's L0 is cfg["l0"]: integral control
+        of its logarithm, within a factor of 1,000. While it warms up it is only lowered."""
+        error = (l0 / self.cfg["l0"]).clamp(min=0.1, max=10).log().nan_to_num()
+        if self.step_counter < 0.05 * self.total_steps:
+            error = error.clamp(max=0)
+        self.log_scale = (self.log_scale + GAIN / self.total_steps * error).clamp(-6.9, 6.9)
 
     def get_k(self) -> int:
         """topk, batchtopk: from 8 k down to k over the first 5% of the steps."""
@@ -1054,7 +1126,8 @@ class Trainer:
             self.find_dead()
         if x is None:
             x = self.buffer.next()
-        losses = self.crosscoder.get_losses(gather(x), self.get_k(), self.dead)
+        x, outliers = self.leave_out(gather(x))
+        losses = self.crosscoder.get_losses(x, self.get_k(), self.dead)
         loss = losses.l2_loss + l1_coeff * losses.l1_loss + losses.aux_loss
         loss.backward()
         self.crosscoder.constrain(self.crosscoder.W_enc.grad, self.crosscoder.W_dec.grad)
@@ -1073,6 +1146,8 @@ class Trainer:
         self.skipped_in_a_row = (self.skipped_in_a_row + 1) * skip
         self.tokens_since_fired += cfg["batch_size"]
         self.tokens_since_fired.masked_fill_(losses.fired > 0, 0)
+        if cfg["l0"]:
+            self.steer(losses.l0_loss)
         self.step_counter += 1
         return {
             "loss/total": loss.detach(), "loss/l2": losses.l2_loss.detach(),
@@ -1080,7 +1155,7 @@ class Trainer:
             "loss/l1_coeff": l1_coeff, "loss/lr": lr, "loss/grad_norm": grad_norm,
             "fvu/batch": losses.fvu, "sparsity/l0_batch": losses.l0_loss,
             "data/epochs": self.buffer.rows_served / self.buffer.rows_per_epoch,
-            "data/steps_skipped": self.steps_skipped}
+            "data/outliers": outliers, "data/steps_skipped": self.steps_skipped}
 
     def find_dead(self) -> None:
         """Has get_losses revive what is dead, if any is on any rank."""
@@ -1090,7 +1165,7 @@ class Trainer:
 
     def evaluate(self) -> dict[str, float]:
         """evaluate() on the held-out sequences, and the share of latents that are dead."""
-        self.crosscoder.fit_threshold(gather(self.buffer.peek()))  # never on the text that is scored
+        self.crosscoder.fit_threshold(self.peek())  # never on the text that is scored
         dead = (self.tokens_since_fired >= self.cfg["dead_after"]).float().mean()
         metrics = evaluate(self.crosscoder, self.models, self.eval_tokens, self.cfg)
         return {**metrics, "sparsity/dead": sum_ranks(dead).item() / self.n_ranks}
@@ -1193,7 +1268,7 @@ class Trainer:
         """Writes this step's checkpoint, save_dir/version_N/step_NNNNNNN, unless it is there, and the
         log; removes all but the newest cfg["keep"]. -> the folder, or None where it cannot write"""
         path = self.run_dir / f"step_{self.step_counter:07d}"
-        self.crosscoder.fit_threshold(gather(self.buffer.peek()))
+        self.crosscoder.fit_threshold(self.peek())
         state = {name: getattr(self, name) for name in self.STATE}
         state |= {f"buffer.{key}": value for key, value in self.buffer.state_dict().items()}
         for name, parameter in self.crosscoder.named_parameters():

@@ -378,6 +378,8 @@ def test_a_key_that_the_activation_does_not_use_is_refused():
                             ({"activation": "jumprelu", "dec_init_norm": 0.1}, "^dec_init_norm"),
                             ({"activation": "batchtopk", "l0_coeff": 1}, "^l0_coeff"),
                             ({"activation": "topk", "shared_penalty": 1}, "^shared_penalty"),
+                            ({"activation": "topk", "l0": 30}, "^l0=30.0: .*relu or jumprelu"),
+                            ({"l0": 300, "dict_size": 50}, "^l0=300.0: more than dict_size=50"),
                             ({"activation": "topk", "k": 100, "dict_size": 50}, "^k=100: more than dict_size=50"),
                             ({"activation": "gelu"}, "^activation='gelu'")):
         with pytest.raises(ValueError, match=said):

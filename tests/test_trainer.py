@@ -1,5 +1,6 @@
 import copy
 import json
+import math
 import os
 import re
 import shutil
@@ -10,6 +11,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import utils
 from conftest import Run
 from train import make_cfg
 from utils import Trainer, list_checkpoints
@@ -47,6 +49,115 @@ def test_norms_that_are_given_are_taken(cfg, models, tokens):
     trainer = Trainer({**cfg, "norm": [1.5, 2.0, 2.5, 3.0]}, models, tokens[:60])
     trainer.step()
     assert trainer.crosscoder.norm_factor.tolist() == [1.5, 2.0, 2.5, 3.0]
+
+
+def test_outliers_weigh_nothing_in_normalisation_losses_and_thresholds(cfg, models, tokens):
+    """Whatever stands in their rows, all is the same: they are replaced by other rows."""
+    def train(scale):
+        trainer = Trainer({**cfg, "activation": "batchtopk", "k": 8}, models, tokens[:60])
+        buffer = trainer.buffer
+        long = torch.rand(buffer.size, generator=torch.Generator().manual_seed(0)) < 0.01
+        buffer.buffer[long, 2] *= scale  # at one source
+        trainer.crosscoder.norm_factor.copy_(trainer.get_norm_factor())
+        trainer.crosscoder.calibrate(trainer.peek())
+        metrics = [trainer.step() for _ in range(6)]  # before the first refill
+        trainer.crosscoder.fit_threshold(trainer.peek())
+        share = long[buffer.order[: buffer.pointer]].float().mean().item()
+        assert sum(step["data/outliers"].item() for step in metrics) / 6 == pytest.approx(share) and share > 0
+        return [step["loss/total"].item() for step in metrics], trainer.crosscoder.state_dict()
+
+    (losses, weights), (others, other_weights) = train(200), train(1000)
+    assert losses == others
+    for name, weight in weights.items():
+        assert torch.equal(weight, other_weights[name]), name
+
+
+def test_outliers_are_few(trainer):
+    x = trainer.buffer.next()
+    for n, wanted in ((0, 0), (5, 5), (6, 6), (7, 0), (64, 0)):  # of 64 rows
+        long = x.clone()
+        long[20 : 20 + n, 1] *= 1000
+        kept, share = trainer.leave_out(long)
+        assert share == wanted / 64 and kept.shape == x.shape
+        if wanted:
+            assert torch.equal(kept[:20], x[:20]) and torch.equal(kept[20 + n :], x[20 + n :]) and kept.norm(dim=-1).max() < 1000
+            assert torch.equal(kept[20 : 20 + n], x[[10, 10, 11, 11, 12, 12][:n]])
+    trainer.cfg = {**trainer.cfg, "outlier_norm": 0}
+    trainer.crosscoder.cfg["outlier_norm"] = 0
+    long = x.clone()
+    long[:5] *= 1000
+    assert torch.equal(trainer.leave_out(long)[0], long)
+
+
+# ---- A sparsity that is asked for ----------------------------------------------------------------
+@pytest.mark.parametrize("activation", ["relu", "jumprelu"])
+def test_the_coefficient_rises_while_l0_is_above_its_aim_and_falls_while_below(cfg, models, tokens, activation):
+    trainer = Trainer({**cfg, "activation": activation, "l0": 20.0}, models, tokens[:60])
+    trainer.step_counter = 20
+    before = float(trainer.get_l1_coeff())
+    for l0, factor in ((40, 2), (20, 1), (10, 0.5)):
+        trainer.log_scale.zero_()
+        for _ in range(trainer.total_steps // utils.GAIN):
+            trainer.steer(torch.tensor(float(l0)))
+        assert float(trainer.get_l1_coeff()) == pytest.approx(before * factor, rel=1e-4)
+    for l0 in (0.0, math.inf, math.nan):
+        for _ in range(1000):
+            trainer.steer(torch.tensor(l0))
+        assert 0 < trainer.get_l1_coeff() < math.inf
+    plain = Trainer({**cfg, "activation": activation}, models, tokens[:60])
+    plain.step_counter = 20
+    plain.log_scale += 1
+    published = {"relu": cfg["l1_coeff"], "jumprelu": cfg["l0_coeff"] / 2}  # halfway
+    assert plain.get_l1_coeff() == published[activation]
+
+
+def test_what_the_coefficient_has_come_to_is_resumed(cfg, models, tokens):
+    cfg = {**cfg, "l0": 20.0}
+    one, other = Trainer(cfg, models, tokens[:60]), Trainer(cfg, models, tokens[:60])
+    wanted = [one.step() for _ in range(12)][-1]
+    for _ in range(9):
+        other.step()
+    path = str(other.save())
+    other.lock.release()
+    resumed = Trainer({**cfg, "resume": path}, models, tokens[:60])
+    assert resumed.log_scale == other.log_scale != 0
+    metrics = [resumed.step() for _ in range(3)][-1]
+    assert metrics["loss/l1_coeff"] == wanted["loss/l1_coeff"] and torch.equal(one.crosscoder.W_enc, resumed.crosscoder.W_enc)
+
+
+# ---- From old weights ----------------------------------------------------------------------------
+@pytest.mark.parametrize("activation", ["relu", "topk", "batchtopk", "jumprelu"])
+def test_a_run_begins_where_another_has_ended(cfg, models, tokens, tmp_path, activation):
+    cfg = {**cfg, "activation": activation, "k": 8}
+    parent = Trainer(cfg, models, tokens[:60])
+    for _ in range(10):
+        parent.step()
+    path = str(parent.save())
+    child = Trainer({**cfg, "init_from": path, "seed": 7}, models, tokens[:60])
+    assert child.step_counter == 0 and child.history == [] and not child.optimizer.state
+    x = child.buffer.next()
+    assert torch.equal(child.crosscoder(x), parent.crosscoder(x))
+    assert child.crosscoder.cfg["init_from"] == path
+    child.step()
+    for overrides, said in (({"dict_size": 128}, "dict_size is 256, not 128"), ({"layers": [1, 2]}, r"layers is \[0, 1, 2, 3\], not \[1, 2\]"),
+                            ({"activation": "topk" if activation == "relu" else "relu"}, "activation is "), ({"center": True}, "center is False")):
+        with pytest.raises(ValueError, match=f"^init_from='{path}': its {said}"):
+            Trainer({**cfg, "init_from": path, **overrides}, models, tokens[:60])
+
+
+@torch.no_grad()
+def test_a_diff_begins_with_a_one_model_crosscoder_for_both(cfg, models, tokens):
+    cfg = {**cfg, "layers": [1, 3]}
+    parent = Trainer(cfg, models, tokens[:60])
+    path = str(parent.save())
+    two = {**cfg, "model_name": cfg["model_name"] * 2, "init_from": path}
+    child = Trainer(two, models * 2, tokens[:60])
+    x = parent.buffer.next()
+    assert torch.allclose(child.crosscoder.encode(x.repeat(1, 2, 1)), parent.crosscoder.encode(x), rtol=1e-4, atol=1e-5)
+    assert torch.equal(child.crosscoder(x.repeat(1, 2, 1))[:, :2], child.crosscoder(x.repeat(1, 2, 1))[:, 2:])
+    assert torch.allclose(child.crosscoder(x.repeat(1, 2, 1))[:, :2], parent.crosscoder(x), rtol=1e-4, atol=1e-4)
+    with pytest.raises(ValueError, match="its n_models is 2, not 1"):
+        Trainer({**cfg, "init_from": str(child.save())}, models, tokens[:60])
 
 
 def test_a_step_is_adam_on_gradients_clipped_to_a_norm_of_one(trainer):
@@ -165,7 +276,7 @@ def test_metrics_go_to_history_and_to_metrics_jsonl(cfg, models, tokens):
     assert [row["step"] for row in rows] == [0, 10, 20, 20, 30, 40, 40]  # evaluated at 0, 20 and the end
     assert rows[0]["fvu/all"] == pytest.approx(1, abs=0.3)  # a bad initialisation would show as far above 1
     assert {key.split("/")[0] for row in rows for key in row} == {
-        "step", "loss", "fvu", "sparsity", "ce", "data", "perf", "norm_ratio"}
+        "step", "loss", "fvu", "fvu_with_outliers", "sparsity", "ce", "data", "perf", "norm_ratio"}
     assert rows[-1]["fvu/all"] == final["fvu/all"] < rows[0]["fvu/all"]
     assert rows[-2]["data/epochs"] == 40 * 64 / (52 * 127)
 

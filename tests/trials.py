@@ -1,0 +1,154 @@
+"""What training could do otherwise: a row for each change, the mean over the seeds, one harvest a seed for all.
+
+  python tests/trials.py l0                           one of TRIALS, on tests/tiny, three seeds
+  python tests/trials.py l0 --seeds=1 --num_tokens=3e5 --model_name=...     train.py's keys
+
+Prints a table, which stands in tests/RESULTS.md, and adds a line a run to trials.jsonl. A trial of something that
+is not in the code changes the trainer: so it can be tried again, though it was not worth a key.
+"""
+import argparse
+import json
+import sys
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import torch
+import tqdm
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+import utils
+from frontier import look
+from train import load_models, load_tokens, make_cfg, parse_overrides
+from utils import Trainer, get_jump_losses
+
+
+# ---- Changes to a trainer that are not in the code ------------------------------------------------
+def mask_sources(trainer: Trainer, share: float) -> None:
+    """The encoder misses a source, in this share of rows and sources, in training only [fmxcoders, May 2026]."""
+    whole = trainer.crosscoder.get_pre_acts
+    generator = torch.Generator().manual_seed(0)
+
+    def get_pre_acts(y):
+        if torch.is_grad_enabled():  # neither in evaluation nor where thresholds are fitted
+            y = y * (torch.rand(y.shape[:-1], generator=generator) >= share)[..., None]
+        return whole(y)
+
+    trainer.crosscoder.get_pre_acts = get_pre_acts
+
+
+def warm_up(trainer: Trainer, share: float) -> None:
+    """The learning rate rises over this share of the steps, not 5%."""
+    def get_lr():
+        progress = (trainer.step_counter + 1) / trainer.total_steps
+        return trainer.cfg["lr"] * min(1.0, progress / max(share, 1e-9), (1 - progress) / 0.2 + 1e-3)
+
+    trainer.get_lr = get_lr
+
+
+def calibrate_relu(trainer: Trainer) -> None:
+    """relu starts with biases and scale fitted to the first rows, as topk does."""
+    trainer.crosscoder.activation = "batchtopk"  # whose threshold is 0 so far
+    trainer.crosscoder.calibrate(trainer.peek())
+    trainer.crosscoder.activation = "relu"
+    trainer.crosscoder.threshold.zero_()
+
+
+def ramp(trainer: Trainer) -> None:
+    """jumprelu's coefficient rises over all of training also where L0 is asked for."""
+    steady = trainer.get_l1_coeff
+    trainer.get_l1_coeff = lambda: steady() * min(1.0, max(1, trainer.step_counter) / trainer.total_steps)
+
+
+def aim_by_loss(trainer: Trainer, weight: float) -> None:
+    """jumprelu's penalty is weight * (L0 / aim - 1)^2, L0 with the gradient of the thresholds' ramp [Gemma Scope 2]."""
+    aim, trainer.cfg = trainer.cfg["l0"], trainer.cfg | {"l0": 0.0}
+    plain = trainer.crosscoder.get_losses
+
+    def losses_of_l0(h, acts, log_threshold, norms):
+        threshold = log_threshold.exp()
+        slope = ((h - threshold) / 2).clamp(-0.5, 0.5)
+        l0 = ((h > threshold) + slope - slope.detach()).sum() / len(h)
+        _, inactive = get_jump_losses(h, acts, log_threshold, norms)
+        return ((l0 / aim - 1).square() * len(h) / h.shape[1]).expand(h.shape[1]), inactive
+
+    def get_losses(*args):
+        utils.get_jump_losses = losses_of_l0
+        losses = plain(*args)
+        utils.get_jump_losses = get_jump_losses
+        return losses
+
+    trainer.crosscoder.get_losses = get_losses
+    trainer.get_l1_coeff = lambda: weight * min(1.0, trainer.step_counter / trainer.total_steps / 0.05)
+
+
+# ---- Trials: what a row is called, its keys, and a change to the trainer ----------------------------
+K = {"activation": "batchtopk", "k": 32}
+RELU = {"activation": "relu"}
+JUMP = {"activation": "jumprelu"}
+TRIALS = {
+    "l0": [
+        *[(f"relu, start x {n}", RELU | {"l0": 32, "l1_coeff": 2 * n}, None) for n in (0.1, 1, 10)],
+        *[(f"jumprelu, start x {n}", JUMP | {"l0": 32, "l0_coeff": 0.15 * n}, None) for n in (0.1, 1, 10)]],
+    "jumprelu_l0": [
+        ("as published, l0_coeff tried out", JUMP | {"l0_coeff": 0.13}, None),
+        ("controlled", JUMP | {"l0": 32}, None),
+        ("controlled, penalty up over all of training", JUMP | {"l0": 32}, ramp),
+        *[(f"{n} (L0 / 32 - 1)^2", JUMP | {"l0": 32}, lambda trainer, n=n: aim_by_loss(trainer, n)) for n in (30, 300)]],
+    "source_mask": [
+        (f"{activation['activation']}, {share}", activation, lambda trainer, share=share: mask_sources(trainer, share))
+        for activation in (K, RELU) for share in (0, 0.05, 0.1)],
+    "aux_coeff": [(f"aux_coeff={n:g}", K | {"aux_coeff": n}, None) for n in (0, 1 / 32, 1 / 4, 1)],
+    "warm_up": [
+        (f"{activation['activation']}, {share:.0%}", activation, lambda trainer, share=share: warm_up(trainer, share))
+        for activation in (K, RELU) for share in (0.05, 0.02, 0)],
+    "relu_start": [("as published", RELU, None), ("calibrated", RELU, calibrate_relu)],
+    **{f"batch_{n}": [(f"batch_size={n}", K | {"batch_size": n, "buffer_mult": 65536 // n}, None)] for n in (256, 512, 1024)},
+}
+
+
+def run(trial: str, seed: int, overrides: dict) -> list[dict]:
+    """Trains a trial's rows together. -> what each has come to"""
+    paths = {"seed": seed, "save_dir": tempfile.mkdtemp(), "wandb_mode": "disabled"}
+    cfgs = [make_cfg(**{"preset": "tiny", **keys, **overrides, **paths}) for _, keys, _ in TRIALS[trial]]
+    models = load_models(cfgs[0])
+    all_tokens = load_tokens(cfgs[0], models)
+    trainers: list[Trainer] = []
+    for cfg, (_, _, change) in zip(cfgs, TRIALS[trial]):
+        trainers.append(Trainer(cfg, models, all_tokens, trainers[0].buffer if trainers else None))
+        if change is not None:
+            change(trainers[-1])
+    for _ in tqdm.trange(trainers[0].total_steps, desc=f"{trial}, seed {seed}"):
+        x = trainers[0].buffer.next()
+        for trainer in trainers:
+            trainer.step(x)
+    return [{"trial": trial, "row": row, "seed": seed, **look(trainer)} for (row, _, _), trainer in zip(TRIALS[trial], trainers)]
+
+
+def table(rows: list[dict]) -> str:
+    """Means over the seeds, and the largest distance of one from them."""
+    lines = ["| | L0 | FVU | CE delta | dead | coherence |", "|" + "---|" * 6]
+    for row in dict.fromkeys(row["row"] for row in rows):
+        cells = []
+        for key, digits in (("sparsity/l0", 1), ("fvu/all", 4), ("ce/delta_all", 3), ("sparsity/dead", 3), ("coherence", 2)):
+            values = np.array([each[key] for each in rows if each["row"] == row])
+            cells.append(f"{values.mean():.{digits}f} ± {abs(values - values.mean()).max():.{digits}f}")
+        lines.append(f"| {row} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def main(argv: list[str]) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("trial", choices=TRIALS)
+    parser.add_argument("--seeds", type=int, default=3)
+    args, others = parser.parse_known_args(argv)
+    rows = []
+    for seed in range(args.seeds):
+        rows += run(args.trial, seed, parse_overrides(others))
+    with open("trials.jsonl", "a") as file:
+        file.writelines(json.dumps(row) + "\n" for row in rows)
+    print(table(rows))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
