@@ -335,7 +335,9 @@ async function draw() {
   const has = get("l" + latent()), home = latent() < 0;
   get("index").hidden = !home;
   const none = '<a href="#">all latents</a><h1>This latent has no page: it is not one of those chosen</h1>';
-  get("page").innerHTML = home ? "" : has ? await unpack(has.id) : none;
+  const html = home ? "" : has ? await unpack(has.id) : none, isOld = has !== get("l" + latent());
+  if (isOld) return;  // another page was asked for in the meantime
+  get("page").innerHTML = html;
   if (home) get("search").focus();
   if (has) [get("before").href, get("after").href] = [turn(-1), turn(1)];
   if (has) scrollTo(0, 0);

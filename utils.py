@@ -990,7 +990,7 @@ def open_run(cfg: dict) -> tuple[Path, filelock.FileLock]:
 
 # ---- Trainer -------------------------------------------------------------------------------------
 MOST_SKIPPED = 10  # steps in a row before a run stops
-GAIN = 20  # of steer
+GAIN = 30  # of steer
 LIVE = "loss {loss/total:.1f} FVU {fvu/batch:.3f} L0 {sparsity/l0_batch:.1f} {perf/tokens_per_s:,.0f} tok/s"
 
 
@@ -1089,25 +1089,27 @@ class Trainer:
         decay = (self.total_steps - self.step_counter) / (0.2 * self.total_steps)
         return self.cfg["lr"] * max(0.0, min(1.0, warm_up, decay))
 
-    def get_l1_coeff(self) -> float | Tensor:
-        """relu: up over the first 5% of the steps, then flat [A24]. jumprelu: up over all [J25]. Where an l0
-        is given, both as relu, times what steer has come to."""
-        coeffs = {"relu": self.cfg["l1_coeff"], "jumprelu": self.cfg["l0_coeff"]}
-        coeff = coeffs.get(self.cfg["activation"], 0.0)
+    def get_rise(self) -> float:
+        """The share of the sparsity coefficient that is reached. relu: up over the first 5% of the steps,
+        then flat [A24]. jumprelu: up over all [J25]; where an l0 is given over 70%, for time to meet it."""
         progress = self.step_counter / self.total_steps
-        if self.cfg["l0"]:
-            return coeff * min(1.0, progress / 0.05) * self.log_scale.exp()
         if self.cfg["activation"] == "relu":
-            return coeff * min(1.0, progress / 0.05)
-        return coeff * progress
+            return min(1.0, progress / 0.05)
+        return min(1.0, progress / 0.7) if self.cfg["l0"] else progress
+
+    def get_l1_coeff(self) -> float | Tensor:
+        """Of the sparsity penalty; where an l0 is given, a tensor, times what steer has come to."""
+        coeffs = {"relu": self.cfg["l1_coeff"], "jumprelu": self.cfg["l0_coeff"]}
+        coeff = coeffs.get(self.cfg["activation"], 0.0) * self.get_rise()
+        return coeff * self.log_scale.exp() if self.cfg["l0"] else coeff
 
     def steer(self, l0: Float[Tensor, ""]) -> None:
-        """Moves the sparsity coefficient towards the one at which a batch's L0 is cfg["l0"]: integral control
-        of its logarithm, within a factor of 1,000. While it warms up it is only lowered."""
-        error = (l0 / self.cfg["l0"]).clamp(min=0.1, max=10).log().nan_to_num()
-        if self.step_counter < 0.05 * self.total_steps:
-            error = error.clamp(max=0)
-        self.log_scale = (self.log_scale + GAIN / self.total_steps * error).clamp(-6.9, 6.9)
+        """Moves the sparsity coefficient towards the one at which the L0 of a batch comes to cfg["l0"]:
+        integral control of its logarithm. L0 is about inverse to the coefficient: so the aim is as much
+        higher as that has yet to rise, and weighs less, as L0 also depends on how the run began."""
+        rise = self.get_rise()
+        error = (l0 * rise / self.cfg["l0"]).clamp(min=0.1, max=10).log().nan_to_num()
+        self.log_scale = (self.log_scale + GAIN / self.total_steps * rise * error).clamp(-7, 7)
 
     def get_k(self) -> int:
         """topk, batchtopk: from 8 k down to k over the first 5% of the steps."""
