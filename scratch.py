@@ -333,11 +333,11 @@ const latent = () => Number(location.hash.split("latent=")[1] ?? -1);
 const turn = step => "#latent=" + order.at((order.indexOf(latent()) + step) % order.length);
 async function draw() {
   const has = get("l" + latent()), home = latent() < 0;
-  get("index").hidden = !home;
   const none = '<a href="#">all latents</a><h1>This latent has no page: it is not one of those chosen</h1>';
-  const html = home ? "" : has ? await unpack(has.id) : none, isOld = has !== get("l" + latent());
-  if (isOld) return;  // another page was asked for in the meantime
-  get("page").innerHTML = html;
+  const page = has ? await unpack(has.id) : home ? "" : none;
+  if (has !== get("l" + latent())) return;  // another was asked for in the meantime
+  get("index").hidden = !home;
+  get("page").innerHTML = page;
   if (home) get("search").focus();
   if (has) [get("before").href, get("after").href] = [turn(-1), turn(1)];
   if (has) scrollTo(0, 0);

@@ -990,7 +990,6 @@ def open_run(cfg: dict) -> tuple[Path, filelock.FileLock]:
 
 # ---- Trainer -------------------------------------------------------------------------------------
 MOST_SKIPPED = 10  # steps in a row before a run stops
-GAIN = 30  # of steer
 LIVE = "loss {loss/total:.1f} FVU {fvu/batch:.3f} L0 {sparsity/l0_batch:.1f} {perf/tokens_per_s:,.0f} tok/s"
 
 
@@ -1011,7 +1010,7 @@ class Trainer:
     one that is there already, and may serve others, too."""
     STATE = (
         "step_counter", "evaluated_at", "history", "wandb_id", "tokens_since_fired", "is_dead",
-        "steps_skipped", "log_scale", "n_ranks")
+        "steps_skipped", "log_integral", "log_scale", "n_ranks")
 
     def __init__(self, cfg: dict, models: list, all_tokens: Tokens, buffer: Buffer | None = None):
         self.cfg = cfg
@@ -1031,7 +1030,8 @@ class Trainer:
         self.tokens_since_fired = torch.zeros_like(self.crosscoder.b_enc, dtype=torch.long)
         self.is_dead = torch.zeros_like(self.crosscoder.b_enc, dtype=torch.uint8)  # for AuxK to revive
         self.dead: Int[Tensor, "n_dead"] | None = None  # the same, as get_losses takes them
-        self.log_scale = torch.zeros((), device=cfg["device"])  # of the sparsity coefficient: see steer
+        self.log_integral = torch.zeros((), device=cfg["device"])  # see steer
+        self.log_scale = torch.zeros((), device=cfg["device"])  # of the sparsity coefficient
         self.steps_skipped = torch.zeros((), device=cfg["device"])
         self.skipped_in_a_row = torch.zeros((), device=cfg["device"])
         self.history: list[dict] = []  # all that was logged
@@ -1091,11 +1091,11 @@ class Trainer:
 
     def get_rise(self) -> float:
         """The share of the sparsity coefficient that is reached. relu: up over the first 5% of the steps,
-        then flat [A24]. jumprelu: up over all [J25]; where an l0 is given over 70%, for time to meet it."""
+        then flat [A24]. jumprelu: up over all [J25]; where an l0 is given over 35%, for time to meet it."""
         progress = self.step_counter / self.total_steps
         if self.cfg["activation"] == "relu":
             return min(1.0, progress / 0.05)
-        return min(1.0, progress / 0.7) if self.cfg["l0"] else progress
+        return min(1.0, progress / 0.35) if self.cfg["l0"] else progress
 
     def get_l1_coeff(self) -> float | Tensor:
         """Of the sparsity penalty; where an l0 is given, a tensor, times what steer has come to."""
@@ -1105,11 +1105,12 @@ class Trainer:
 
     def steer(self, l0: Float[Tensor, ""]) -> None:
         """Moves the sparsity coefficient towards the one at which the L0 of a batch comes to cfg["l0"]:
-        integral control of its logarithm. L0 is about inverse to the coefficient: so the aim is as much
-        higher as that has yet to rise, and weighs less, as L0 also depends on how the run began."""
+        proportional and integral control of its logarithm. L0 is about inverse to the coefficient: so the
+        aim is as much higher as that has yet to rise, and weighs less, as L0 also depends on the start."""
         rise = self.get_rise()
-        error = (l0 * rise / self.cfg["l0"]).clamp(min=0.1, max=10).log().nan_to_num()
-        self.log_scale = (self.log_scale + GAIN / self.total_steps * rise * error).clamp(-7, 7)
+        error = rise * (l0 * rise / self.cfg["l0"]).clamp(min=0.1, max=10).log().nan_to_num()
+        self.log_integral = (self.log_integral + 20 / self.total_steps * error).clamp(-7, 7)
+        self.log_scale = self.log_integral + 4 * error
 
     def get_k(self) -> int:
         """topk, batchtopk: from 8 k down to k over the first 5% of the steps."""

@@ -11,7 +11,6 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import utils
 from conftest import Run
 from train import make_cfg
 from utils import Trainer, list_checkpoints
@@ -93,13 +92,19 @@ def test_outliers_are_few(trainer):
 @pytest.mark.parametrize("activation", ["relu", "jumprelu"])
 def test_the_coefficient_rises_while_l0_is_above_its_aim_and_falls_while_below(cfg, models, tokens, activation):
     trainer = Trainer({**cfg, "activation": activation, "l0": 20.0}, models, tokens[:60])
-    trainer.step_counter = 20
-    before = float(trainer.get_l1_coeff())
+    full = {"relu": cfg["l1_coeff"], "jumprelu": cfg["l0_coeff"]}[activation]
+    trainer.step_counter = trainer.total_steps
+    assert float(trainer.get_l1_coeff()) == pytest.approx(full)
     for l0, factor in ((40, 2), (20, 1), (10, 0.5)):
-        trainer.log_scale.zero_()
-        for _ in range(trainer.total_steps // utils.GAIN):
-            trainer.steer(torch.tensor(float(l0)))
-        assert float(trainer.get_l1_coeff()) == pytest.approx(before * factor, rel=1e-4)
+        trainer.log_integral.zero_()
+        trainer.steer(torch.tensor(float(l0)))
+        assert trainer.log_integral.item() == pytest.approx(20 / trainer.total_steps * math.log(factor), abs=1e-6)
+        assert trainer.log_scale.item() == pytest.approx((20 / trainer.total_steps + 4) * math.log(factor), abs=1e-6)
+        assert float(trainer.get_l1_coeff()) == pytest.approx(full * trainer.log_scale.exp().item())
+    trainer.step_counter = {"relu": 1, "jumprelu": 7}[activation]  # of 40: half of the coefficient is reached
+    trainer.log_integral.zero_()
+    trainer.steer(torch.tensor(40.0))
+    assert trainer.log_scale.abs() < 1e-6  # so the aim is twice as high
     for l0 in (0.0, math.inf, math.nan):
         for _ in range(1000):
             trainer.steer(torch.tensor(l0))
@@ -107,8 +112,7 @@ def test_the_coefficient_rises_while_l0_is_above_its_aim_and_falls_while_below(c
     plain = Trainer({**cfg, "activation": activation}, models, tokens[:60])
     plain.step_counter = 20
     plain.log_scale += 1
-    published = {"relu": cfg["l1_coeff"], "jumprelu": cfg["l0_coeff"] / 2}  # halfway
-    assert plain.get_l1_coeff() == published[activation]
+    assert plain.get_l1_coeff() == {"relu": full, "jumprelu": full / 2}[activation]  # as published
 
 
 def test_what_the_coefficient_has_come_to_is_resumed(cfg, models, tokens):

@@ -55,9 +55,8 @@ def calibrate_relu(trainer: Trainer) -> None:
 
 
 def ramp(trainer: Trainer) -> None:
-    """jumprelu's coefficient rises over all of training also where L0 is asked for."""
-    steady = trainer.get_l1_coeff
-    trainer.get_l1_coeff = lambda: steady() * min(1.0, max(1, trainer.step_counter) / trainer.total_steps)
+    """jumprelu's coefficient rises over all of training also where an L0 is given."""
+    trainer.get_rise = lambda: trainer.step_counter / trainer.total_steps
 
 
 def aim_by_loss(trainer: Trainer, weight: float) -> None:
