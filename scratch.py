@@ -29,8 +29,8 @@ from plotly.subplots import make_subplots
 from torch import Tensor
 
 from train import (
-    DEVICES, MAY_CHANGE, PRESETS, USED_BY, explain, find_latest, get_tokenizer, load_models, load_tokens,
-    make_cfg)
+    DEVICES, MAY_CHANGE, PRESETS, USED_BY, explain, find_crosscoder, find_latest, get_tokenizer,
+    load_models, load_tokens, make_cfg)
 from utils import (
     CrossCoder, Trainer, bad, evaluate, find_checkpoint, get_ce, get_sources, get_stacked_resids,
     get_stats, iter_rows, list_checkpoints, source_names)
@@ -223,7 +223,7 @@ same = (get_closest(pair[0].crosscoder, pair[1].crosscoder) > 0.9).float().mean(
 print(f"after 100 steps {same:.1%} of a seed's latents have a cosine above 0.9 with one of another's")
 
 # %% Latent pages: one file for a browser, a table of all latents and a page for each that is chosen
-PAGES = r"""{# All between double braces is escaped: no text from a model or a dataset can be markup. #}
+PAGES = r"""{# All is escaped but what these macros return: no text from a model or a dataset can be markup. #}
 {% macro bar(v, most, color) -%}
 <i style="width: {{ (90 * v / most) | round }}px; background: var(--{{ color }})"></i> {{ "%.3g" % v }}
 {%- endmacro %}
@@ -240,10 +240,6 @@ PAGES = r"""{# All between double braces is escaped: no text from a model or a d
 {% macro line(latent, tokens, values, norms, names, pages) -%}
 <tr><td>{{ link(latent, pages) }}<td>{{ tokens }}
 {%- for v in values %}<td>{{ "%.3g" % v }}{% endfor %}<td>{{ columns(norms, names, 4, 16) }}
-{%- endmacro %}
-{% macro dot(latent, tokens, x, y) -%}
-<a href="#latent={{ latent }}"><circle r="3" cx="{{ x }}" cy="{{ y }}"><title>{{ latent }}: {{ tokens }}
-</title></circle></a>
 {%- endmacro %}
 {% macro example(e) -%}
 <div class="example"><span class="dim">{{ "%.3g" % e.act }}{{ " ×%d" % e.times if e.times > 1 }} </span>
@@ -281,24 +277,25 @@ PAGES = r"""{# All between double braces is escaped: no text from a model or a d
 {% endfor %}</div>{% endfor %}</div>
 {% endmacro %}
 {% macro document(title, heads, n_layers, packed) -%}
-<!doctype html><meta charset="utf-8"><title>Latents</title><meta name="viewport" content="width=device-width">
+<!doctype html><html lang="en"><meta charset="utf-8"><title>Latents</title>
+<meta name="viewport" content="width=device-width">
 <meta http-equiv="Content-Security-Policy"
   content="default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'">
 <style>
-:root { color-scheme: light dark; --ink: light-dark(#222, #ddd); --dim: light-dark(#777, #999);
+:root { color-scheme: light dark; --ink: light-dark(#222, #ddd); --dim: light-dark(#707070, #999);
   --writes: light-dark(#3b528b, #8fa8e0); --drives: light-dark(#d1603d, #f09070) }
 main { font: 15px/1.5 system-ui, sans-serif; color: var(--ink); margin: 1rem auto; max-width: 76rem }
 td, th { padding: .1rem .5rem; text-align: left; white-space: nowrap } #index th { cursor: pointer }
 th, .dim { color: var(--dim); font-weight: normal } th::after { content: attr(data-mark) }
 h2 { font-size: 1rem; margin: 1rem 0 .2rem } table { border-collapse: collapse } a { color: var(--writes) }
 i { display: inline-block; height: 10px; background: var(--writes); margin-right: 1px }
-.row { display: flex; flex-wrap: wrap; gap: 0 2rem } input { font: inherit; width: 95% }
+.row { display: flex; flex-wrap: wrap; gap: 0 2rem } input { font: 16px system-ui; width: 95% }
 .wide { overflow-x: auto } svg { fill: var(--writes) }
 @media (max-width: 50rem) { .wide { box-shadow: inset -1rem 0 1rem -1rem var(--dim) } }  /* it scrolls */
 .example { margin: .2rem 0; overflow-wrap: anywhere; white-space: pre-wrap } .peak { outline: 1px solid }
 </style>
 <main id="index"><h1>{{ title }}</h1>
-<input id="search" placeholder="/ to search: a latent's number, or a token">
+<input id="search" aria-label="search" placeholder="/ to search: a latent's number, or a token">
 <p class="dim">density: on how many of the tokens it is active; mean: its activation there; span, norms: to
 how many sources, and how strongly to each, it writes; coherence: how many drive it; tokens: on which it is
 most active. {% if "nu_eps" in heads %}Relative norm: 0 writes to the first model only, 1 to the second;
@@ -306,12 +303,12 @@ exclusive: really in one alone, as the other has little of it in what is left ov
 (nu_r).{% endif %}</p>
 <h2>span, 1 to {{ n_layers }} upwards, against density, 0.00001 to 1 to the right (log)</h2>
 <svg width="340" height="200"><path d="M1 0V199H340" fill="none" stroke="gray"/>
-<g id="dots" fill-opacity=".4"></g></svg>
+<g id="dots" data-most="{{ [n_layers, 2] | max }}" fill-opacity=".4"></g></svg>
 <h2 id="count"></h2><div class="wide"><table><thead><tr>{% for head in heads %}<th>{{ head }}{% endfor %}
 </thead><tbody id="lines"></tbody></table></div><button id="more">more</button></main><main id="page"></main>
 <script>
 const get = id => document.getElementById(id), heads = [...document.querySelectorAll("th")];
-let rows, order, column = 2, sign = -1, most = 200;
+let rows = [], order = [], column = 2, sign = -1, most = 200, place = 0;
 async function unpack(id) {
   const bytes = Uint8Array.from(atob(get(id).textContent), c => c.charCodeAt(0));
   return new Response(new Blob([bytes]).stream().pipeThrough(new DecompressionStream("gzip"))).text();
@@ -323,28 +320,33 @@ function list() {
   const compare = (a, b) => (a > b) - (a < b);
   found.sort((a, b) => sign * compare(a.values[column], b.values[column]));
   order = found.map(r => r.values[0]).filter(latent => get("l" + latent));  // of those that have a page
-  get("dots").innerHTML = found.map(r => r.dot).join("");
+  get("dots").innerHTML = found.map(({values: [latent, , density, , span]}) => density && `
+    <a href="#latent=${latent}" tabindex="-1"><circle r="3" cx="${333 + 66 * Math.log10(density)}"
+    cy="${195 - 190 * (span - 1) / (get("dots").dataset.most - 1)}"/></a>`).join("");
   get("lines").innerHTML = found.slice(0, most).map(r => r.line).join("");
   get("count").textContent = `${found.length} latents, ${order.length} with a page: their number is a link`;
   get("more").hidden = found.length <= most;
   heads.forEach((head, i) => head.dataset.mark = i !== column ? "" : sign > 0 ? " ▲" : " ▼");
 }
 const latent = () => Number(location.hash.split("latent=")[1] ?? -1);
-const turn = step => "#latent=" + order.at((order.indexOf(latent()) + step) % order.length);
+const turn = step => "#latent=" + (order.at((order.indexOf(latent()) + step) % order.length) ?? latent());
 async function draw() {
   const has = get("l" + latent()), home = latent() < 0;
   const none = '<a href="#">all latents</a><h1>This latent has no page: it is not one of those chosen</h1>';
   const page = has ? await unpack(has.id) : home ? "" : none;
   if (has !== get("l" + latent())) return;  // another was asked for in the meantime
+  if (!get("index").hidden) place = scrollY;  // to come back to
   get("index").hidden = !home;
   get("page").innerHTML = page;
-  if (home) get("search").focus();
+  if (home) get("search").focus({preventScroll: true});
   if (has) [get("before").href, get("after").href] = [turn(-1), turn(1)];
-  if (has) scrollTo(0, 0);
+  scrollTo(0, home ? place : 0);
 }
 onkeydown = event => {
+  if (event.altKey || event.ctrlKey || event.metaKey) return;  // Alt and an arrow: the browser's history
   const isSearch = event.target.id === "search", step = {ArrowLeft: -1, ArrowRight: 1}[event.key];
-  if (isSearch && event.key === "Enter" && order.length) location.hash = "latent=" + order[0];
+  const number = Number(event.target.value || NaN), first = order.includes(number) ? number : order[0];
+  if (isSearch && event.key === "Enter" && order.length) location.hash = "latent=" + first;
   if (isSearch && event.key === "Escape") event.target.blur();
   if (!isSearch && step && latent() >= 0) location.hash = turn(step);
   if (isSearch || event.key !== "/") return;
@@ -367,29 +369,26 @@ def pack(text: str) -> str:
     return base64.b64encode(gzip.compress(text.encode())).decode()
 
 def get_words(vectors: Float[Tensor, "n_layers d_model"], models: list) -> tuple[list, list]:
-    """-> the tokens that a latent promotes; that it suppresses. From each source in the residual stream:
-    its decoder vector through the final norm, but for the scale, and the unembedding. None where it
-    writes nothing."""
-    promoted = []
-    suppressed = []
+    """-> of each source the tokens that a latent promotes; that it suppresses: its decoder vector through
+    the final norm, but for the scale, and the unembedding. None where it writes nothing, or elsewhere than
+    to the residual stream."""
+    words = ([], [])
     if not cfg["site"].startswith(("resid", "mlp_out", "attn_out")):
-        return promoted, suppressed
-    for m, model in enumerate(models):
-        rows = vectors.chunk(len(models))[m]  # [sources of this model, d_model]
+        return words
+    for rows, model in zip(vectors.chunk(len(models)), models):  # [sources of this model, d_model]
         if model.cfg.normalization_type == "LN":
             rows = rows - rows.mean(1, keepdim=True)
         # All at once, and in the model's type: W_U is large, and would be read and converted for each.
-        logits = (rows * model.ln_final.weight).to(model.W_U) @ model.W_U
-        for row, logit in zip(rows, logits.float()):
-            for words, sign in ((promoted, 1), (suppressed, -1)):
-                tokens = (sign * logit).topk(8).indices.tolist() if row.any() else []
-                words.append([show_token(token) for token in tokens])
-    return promoted, suppressed
+        logits = ((rows * model.ln_final.weight).to(model.W_U) @ model.W_U).float()
+        for each, sign in zip(words, (1, -1)):
+            for row, top in zip(rows, (sign * logits).topk(8).indices.tolist()):
+                each.append([show_token(token) for token in top] if row.any() else [])
+    return words
 
 def get_nearest(similarity: Float[Tensor, "n"], latents: Tensor, latent: int) -> list[tuple[int, float]]:
     """The eight of these latents that are most similar to this one, and how similar they are."""
     top = similarity.topk(min(9, len(similarity)))
-    return [(i, v) for i, v in zip(latents[top.indices].tolist(), top.values.tolist()) if i != latent]
+    return [(i, v) for i, v in zip(latents[top.indices].tolist(), top.values.tolist()) if i != latent][:8]
 
 def get_page(crosscoder: CrossCoder, models: list, tokens: Tensor, latent: int, acts: Tensor) -> dict:
     """What a latent's page shows; acts [seq, pos] are its activations on tokens."""
@@ -404,55 +403,49 @@ def get_page(crosscoder: CrossCoder, models: list, tokens: Tensor, latent: int, 
     percentiles = np.percentile(np.append(positive, 0), [50, 90, 99])
     vectors = crosscoder.W_dec[latent]
     unit = F.normalize(vectors, dim=1)
-    cosines = F.normalize(crosscoder.W_dec.flatten(1), dim=1) @ F.normalize(vectors.flatten(), dim=0)
     promoted, suppressed = get_words(vectors, models)
     return {
         "latent": latent, "bands": bands, "counts": counts.tolist(),
         "edges": [f"from {edge:.3g}" for edge in edges[:-1]], "cosines": (unit @ unit.T).tolist(),
         "percentiles": "half to {:.3g}, 90% to {:.3g}, 99% to {:.3g}".format(*percentiles),
-        "near": get_nearest(cosines, torch.arange(len(cosines)), latent),
         "promoted": promoted, "suppressed": suppressed}
 
 def write_pages(crosscoder, models: list, tokens: Tensor, latents, path: str, more: dict = {}) -> None:
     """Writes one HTML file, which needs no network: a table of all latents, and a page for each of these.
     more: further columns by name, [d_sae] each. Holds the activations of these latents on all tokens."""
-    latents = torch.as_tensor(latents).cpu()
+    latents = torch.as_tensor(latents).cpu().unique()
     acts, sums = get_acts(crosscoder, models, tokens, latents)
     stats = get_stats(crosscoder, models, tokens, cfg)
     drives = get_drives(crosscoder, iter_rows(models, tokens, cfg), stats["mean"])
     norms = crosscoder.W_dec.norm(dim=-1).cpu()
     columns = {
-        "density": stats["freqs"], "mean": sums / (stats["freqs"] * acts[0, :, 1:].numel()).clamp(min=1),
+        "density": stats["freqs"], "mean": sums / (stats["freqs"] * tokens[:, 1:].numel()).clamp(min=1),
         "span": norms.sum(1) / norms.amax(1).clamp(min=1e-30),
         "coherence": drives.sum(1) / drives.amax(1).clamp(min=1e-30), **more}
-    table = torch.stack([column.double() for column in columns.values()], dim=1).tolist()
+    table = torch.stack([column.double() for column in columns.values()], dim=1).nan_to_num().tolist()
     template = jinja2.Environment(autoescape=True, trim_blocks=True).from_string(PAGES).module
     fires = (acts.flatten(1) > 0).float()
-    counts = fires.sum(1)
+    common = fires @ fires.T  # [latent, latent]: on how many tokens both are active
+    jaccard = common / (common.diag()[:, None] + common.diag() - common).clamp(min=1)
+    unit = F.normalize(crosscoder.W_dec.flatten(1), dim=1)
     pages = dict.fromkeys(latents.tolist(), "")  # of each the tokens on which it is most active
     packed = {}
     for j, latent in enumerate(tqdm.tqdm(pages, desc="latent pages")):
         page = get_page(crosscoder, models, tokens, latent, acts[j])
-        if j % 256 == 0:
-            blocks = fires @ fires[j : j + 256].T
-        common = blocks[:, j % 256]
-        jaccard = common / (counts + counts[j] - common).clamp(min=1)
         page |= {
             "about": dict(zip(columns, table[latent])), "names": names, "pages": pages,
             "norms": norms[latent].tolist(), "drives": drives[latent].tolist(),
-            "together": get_nearest(jaccard, latents, latent)}
+            "near": get_nearest((unit @ unit[latent]).cpu(), torch.arange(len(unit)), latent),
+            "together": get_nearest(jaccard[j], latents, latent)}
         packed[f"l{latent}"] = pack(template.page(page))
         top = [example["tokens"][example["at"]] for example in page["bands"][0][1]]
         pages[latent] = " ".join(dict.fromkeys(top[:8]))
     rows = []
     for latent, values in enumerate(table):
         shown = (latent, pages.get(latent, ""))
-        x = 333 + 66 * math.log10(max(values[0], 1e-30))
-        y = 195 - 190 * (values[2] - 1) / max(1, len(names) - 1)
         rows.append({
             "values": [*shown, *values, norms[latent].sum().item()],
-            "line": template.line(*shown, values, norms[latent].tolist(), names, pages),
-            "dot": template.dot(*shown, x, y)})
+            "line": template.line(*shown, values, norms[latent].tolist(), names, pages)})
     packed["rows"] = pack(json.dumps(rows))
     title = f"{len(rows):,} latents of {', '.join(Path(name).name for name in cfg['model_name'])}"
     html = template.document(title, ["latent", "tokens", *columns, "norms"], len(names), packed)
@@ -495,7 +488,7 @@ def write_examples(crosscoder, models: list, tokens: Tensor, latents, folder: st
     module = Path(folder) / "latents" / "crosscoder"
     module.mkdir(parents=True, exist_ok=True)
     cache = {"locations": places.int().contiguous(), "activations": values.half(), "tokens": tokens.int()}
-    safetensors.torch.save_file(cache, module / f"0_{cfg['dict_size'] - 1}.safetensors")
+    safetensors.torch.save_file(cache, module / f"0_{len(crosscoder.W_dec) - 1}.safetensors")
     about = {"model_name": cfg["model_name"][0], "ctx_len": cfg["seq_len"], "n_tokens": tokens.numel()}
     (module / "config.json").write_text(json.dumps(about))
     with open(Path(folder) / "examples.jsonl", "w") as file:
@@ -555,15 +548,7 @@ def fold(crosscoder: CrossCoder) -> dict[str, Tensor]:
 
 weights = fold(crosscoder)
 safetensors.torch.save_file(weights, path.with_name(f"folded_{path.name}.safetensors"))
-rows = x[:4, 1:].flatten(0, 1)
-h = einops.einsum(rows, weights["W_enc"], "row l d_model, l d_model d_sae -> row d_sae") + weights["b_enc"]
-acts = h * (h > weights["thresholds"])
-if crosscoder.activation == "topk":
-    scores = acts * weights["decoder_norms"]
-    acts *= scores >= scores.topk(cfg["k"]).values[:, -1:]
-x_hat = einops.einsum(acts, weights["W_dec"], "row d_sae, d_sae l d_model -> row l d_model")
-error = (x_hat + weights["b_dec"] - crosscoder(rows)).norm() / rows.norm()
-print(f"the plain formula is within {error:.1e} of the crosscoder in {crosscoder.cfg['enc_dtype']}")
+print(f"folded_{path.name}.safetensors:", *(f"{key} {list(value.shape)}" for key, value in weights.items()))
 
 # %% Share it on the Hugging Face hub
 def make_card(folder: Path, repo_id: str) -> str:
@@ -618,11 +603,7 @@ def push_to_hub(path: str | Path, repo_id: str, private: bool = False) -> str:
 
 def from_hub(repo_id: str, revision: str | None = None, device: str = "cpu") -> CrossCoder:
     """CrossCoder.load of what push_to_hub has put there. ValueError where it cannot."""
-    try:
-        folder = huggingface_hub.snapshot_download(repo_id, revision=revision)
-    except Exception as error:
-        raise bad("repo_id", repo_id, explain(error)) from None
-    return CrossCoder.load(folder, device)
+    return CrossCoder.load(find_crosscoder("repo_id", repo_id, revision), device)
 
 # After hf auth login: push_to_hub(path, "you/your-crosscoder"), and then from_hub("you/your-crosscoder")
 print(make_card(path, "you/your-crosscoder"))
@@ -757,15 +738,12 @@ fig_scaling
 # Relative norms alone prove nothing: a penalty on norms makes latents look exclusive which are not.
 def get_diff_counts(crosscoder: CrossCoder, freqs: Float[Tensor, "d_sae"]) -> dict[str, float]:
     """How many active latents both models have, their mean decoder cosine, and how many only one has."""
-    norms, cosines = get_relative_norms(crosscoder)
-    active = freqs > 0
-    shared = active & (0.3 < norms) & (norms < 0.7)
+    norms, cosines = get_relative_norms(crosscoder)[:, freqs > 0]
+    shared = (0.3 < norms) & (norms < 0.7)
     return {
         "shared": int(shared.sum()),
         "cosine": round(cosines[shared].sum().item() / max(1, int(shared.sum())), 4),
-        "only_0": int((active & (norms < 0.05)).sum()),
-        "only_1": int((active & (norms > 0.95)).sum()),
-    }
+        "only_0": int((norms < 0.05).sum()), "only_1": int((norms > 0.95).sum())}
 
 norms, cosines = get_relative_norms(crosscoder)
 fig_diff = px.scatter(
@@ -797,12 +775,12 @@ for name, result in results.items():
     print(f"{name:<20}", *(int(result[key].sum()) for key in ("active", "candidate", "exclusive")))
 
 # %% Model diff: pages of the exclusive latents, and of 200 others
-nu_eps, nu_r = table["nu"].nan_to_num()
+nu_eps, nu_r = table["nu"]
 more = {
     "exclusive": table["exclusive"].int(), "relative norm": get_relative_norms(crosscoder)[0],
     "nu_eps": nu_eps, "nu_r": nu_r}
 others = (table["active"] & ~table["exclusive"]).nonzero().flatten()[:200]
-chosen = torch.cat([table["exclusive"].nonzero().flatten(), others]).sort().values
+chosen = torch.cat([table["exclusive"].nonzero().flatten(), others])
 write_pages(crosscoder, models, held_out, chosen, "diff.html", more)
 print(f"diff.html: {table['exclusive'].sum()} latents are exclusive; click on that column")
 

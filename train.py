@@ -335,15 +335,15 @@ def find_resume(resume: str, save_dir: str) -> Path:
     return folder
 
 
-def find_parent(name: str) -> str:
+def find_crosscoder(key: str, name: str, revision: str | None = None) -> str:
     """The folder of a crosscoder on this machine, or on the hub. ValueError where there is none."""
     path = Path(locate(name)).resolve()
     try:
         if not path.exists():
-            path = Path(huggingface_hub.snapshot_download(name))
+            path = Path(huggingface_hub.snapshot_download(name, revision=revision))
     except Exception as error:
-        raise bad("init_from", name, explain(error)) from None
-    return str(find_checkpoint("init_from", path, ["cfg.json", "crosscoder.safetensors"]))
+        raise bad(key, name, explain(error)) from None
+    return str(find_checkpoint(key, path, ["cfg.json", "crosscoder.safetensors"]))
 
 
 def fill_in(cfg: dict) -> None:
@@ -386,6 +386,12 @@ def check(cfg: dict) -> None:
         raise bad("k", cfg["k"], f"more than dict_size={d_sae}")
     if cfg["l0"] > d_sae:
         raise bad("l0", cfg["l0"], f"more than dict_size={d_sae}")
+    if cfg["l0"] and cfg["activation"] == "relu" and cfg["l1_coeff"] == 0:
+        raise bad("l1_coeff", 0, "l0 is met by multiplying it; give a number above 0")
+    if 0 < cfg["outlier_norm"] < 2:
+        raise bad("outlier_norm", cfg["outlier_norm"], "give a number of at least 2, or 0 for none")
+    if cfg["init_from"] and cfg["norm"]:
+        raise bad("norm", cfg["norm"], "init_from brings its own; give none")
     if len(set(cfg["layers"])) < len(cfg["layers"]):
         raise bad("layers", cfg["layers"], "give each once")
     n_models = len(cfg["model_name"])
@@ -826,9 +832,10 @@ def results(cfg: dict, metrics: dict[str, float], n_layers: int) -> str:
         if name != "all":
             line += f"  {metrics[f'norm_ratio/{name}']:10.3f}"
         lines.append(line)
-    if metrics["data/outliers"]:
+    if metrics["data/eval_outliers"]:
         fvus = [f"{metrics[f'fvu_with_outliers/{name}']:.4f}" for name in [*names, "all"]]
-        lines.append(f"FVU is without {metrics['data/outliers']:.3%} outliers; with them {' '.join(fvus)}")
+        share = f"{metrics['data/eval_outliers']:.3%}"
+        lines.append(f"FVU is without {share} outliers; with them {' '.join(fvus)}")
     lines.append(f"L0 {metrics['sparsity/l0']:.1f}, dead latents {metrics['sparsity/dead']:.1%}, "
                  f"clean CE {metrics['ce/clean']:.4f}")
     return "\n".join(lines)
@@ -877,7 +884,7 @@ def start(cfg: dict) -> Trainer:
     """Opens models and text and makes a Trainer; says what the run is on stdout and in its folder.
     In a notebook: trainer = start(make_cfg(...)), then trainer.train()."""
     if cfg["init_from"] and not cfg["resume"]:
-        cfg |= {"init_from": find_parent(cfg["init_from"])}
+        cfg |= {"init_from": find_crosscoder("init_from", cfg["init_from"])}
     models = load_models(cfg)
     print(header(cfg, models), flush=True)
     all_tokens = load_tokens(cfg, models)

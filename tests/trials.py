@@ -10,6 +10,7 @@ import argparse
 import json
 import sys
 import tempfile
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,7 @@ import tqdm
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import utils
-from frontier import look
+from frontier import get_stability, look
 from train import load_models, load_tokens, make_cfg, parse_overrides
 from utils import Trainer, get_jump_losses
 
@@ -54,11 +55,6 @@ def calibrate_relu(trainer: Trainer) -> None:
     trainer.crosscoder.threshold.zero_()
 
 
-def ramp(trainer: Trainer) -> None:
-    """jumprelu's coefficient rises over all of training also where an L0 is given."""
-    trainer.get_rise = lambda: trainer.step_counter / trainer.total_steps
-
-
 def aim_by_loss(trainer: Trainer, weight: float) -> None:
     """jumprelu's penalty is weight * (L0 / aim - 1)^2, L0 with the gradient of the thresholds' ramp [Gemma Scope 2]."""
     aim, trainer.cfg = trainer.cfg["l0"], trainer.cfg | {"l0": 0.0}
@@ -83,27 +79,30 @@ def aim_by_loss(trainer: Trainer, weight: float) -> None:
 
 # ---- Trials: what a row is called, its keys, and a change to the trainer ----------------------------
 K = {"activation": "batchtopk", "k": 32}
-RELU = {"activation": "relu"}
-JUMP = {"activation": "jumprelu"}
+RELU = {"activation": "relu", "l0": 32}
+JUMP = {"activation": "jumprelu", "l0": 32}
 TRIALS = {
     "l0": [
-        *[(f"relu, start x {n}", RELU | {"l0": 32, "l1_coeff": 2 * n}, None) for n in (0.1, 1, 10)],
-        *[(f"jumprelu, start x {n}", JUMP | {"l0": 32, "l0_coeff": 0.15 * n}, None) for n in (0.1, 1, 10)]],
-    "jumprelu_l0": [
-        ("as published, l0_coeff tried out", JUMP | {"l0_coeff": 0.13}, None),
-        ("controlled", JUMP | {"l0": 32}, None),
-        ("controlled, penalty up over all of training", JUMP | {"l0": 32}, ramp),
-        *[(f"{n} (L0 / 32 - 1)^2", JUMP | {"l0": 32}, lambda trainer, n=n: aim_by_loss(trainer, n)) for n in (30, 300)]],
-    "source_mask": [
-        (f"{activation['activation']}, {share}", activation, lambda trainer, share=share: mask_sources(trainer, share))
-        for activation in (K, RELU) for share in (0, 0.05, 0.1)],
-    "aux_coeff": [(f"aux_coeff={n:g}", K | {"aux_coeff": n}, None) for n in (0, 1 / 32, 1 / 4, 1)],
-    "warm_up": [
-        (f"{activation['activation']}, {share:.0%}", activation, lambda trainer, share=share: warm_up(trainer, share))
-        for activation in (K, RELU) for share in (0.05, 0.02, 0)],
-    "relu_start": [("as published", RELU, None), ("calibrated", RELU, calibrate_relu)],
-    **{f"batch_{n}": [(f"batch_size={n}", K | {"batch_size": n, "buffer_mult": 65536 // n}, None)] for n in (256, 512, 1024)},
+        *[(f"relu, l1_coeff={2 * n:g}", RELU | {"l1_coeff": 2 * n}, None) for n in (0.1, 1, 10)],
+        *[(f"jumprelu, l0_coeff={0.15 * n:g}", JUMP | {"l0_coeff": 0.15 * n}, None) for n in (0.1, 1, 10)],
+        ("jumprelu, l0_coeff=0.13, no l0", JUMP | {"l0_coeff": 0.13, "l0": 0}, None),
+        *[(f"jumprelu, {n} (L0 / 32 - 1)^2", JUMP, partial(aim_by_loss, weight=n)) for n in (30, 300)]],
+    "batchtopk": [
+        ("batchtopk", K, None),
+        *[(f"{n:.0%} of sources masked", K, partial(mask_sources, share=n)) for n in (0.05, 0.1)],
+        *[(f"aux_coeff={n:g}", K | {"aux_coeff": n}, None) for n in (1 / 4, 1)],
+        *[(f"warm-up over {n:.0%}", K, partial(warm_up, share=n)) for n in (0.02, 0)],
+        ("topk", K | {"activation": "topk"}, None)],
+    "relu": [
+        ("relu", RELU, None),
+        ("5% of sources masked", RELU, partial(mask_sources, share=0.05)),
+        *[(f"warm-up over {n:.0%}", RELU, partial(warm_up, share=n)) for n in (0.02, 0)],
+        ("calibrated", RELU, calibrate_relu)],
+    **{f"batch_{n}": [(f"batch_size={n}", K | {"batch_size": n, "buffer_mult": 65536 // n}, None)] for n in (256, 1024)},
 }
+
+
+COLUMNS = {"sparsity/l0": 1, "fvu/all": 4, "ce/delta_all": 3, "sparsity/dead": 3, "coherence": 2}  # digits
 
 
 def run(trial: str, seed: int, overrides: dict) -> list[dict]:
@@ -121,18 +120,23 @@ def run(trial: str, seed: int, overrides: dict) -> list[dict]:
         x = trainers[0].buffer.next()
         for trainer in trainers:
             trainer.step(x)
-    return [{"trial": trial, "row": row, "seed": seed, **look(trainer)} for (row, _, _), trainer in zip(TRIALS[trial], trainers)]
+    rows = []
+    for (row, _, _), trainer in zip(TRIALS[trial], trainers):
+        rows.append({"trial": trial, "row": row, "seed": seed, **look(trainer), "folder": str(trainer.run_dir)})
+        trainer.crosscoder.save(trainer.run_dir / "step_1")
+    return rows
 
 
 def table(rows: list[dict]) -> str:
     """Means over the seeds, and the largest distance of one from them."""
-    lines = ["| | L0 | FVU | CE delta | dead | coherence |", "|" + "---|" * 6]
-    for row in dict.fromkeys(row["row"] for row in rows):
+    lines = ["| | L0 | FVU | CE delta | dead | coherence | stable |", "|" + "---|" * 7]
+    for name in dict.fromkeys(row["row"] for row in rows):
+        runs = [row for row in rows if row["row"] == name]
         cells = []
-        for key, digits in (("sparsity/l0", 1), ("fvu/all", 4), ("ce/delta_all", 3), ("sparsity/dead", 3), ("coherence", 2)):
-            values = np.array([each[key] for each in rows if each["row"] == row])
+        for key, digits in COLUMNS.items():
+            values = np.array([run[key] for run in runs])
             cells.append(f"{values.mean():.{digits}f} ± {abs(values - values.mean()).max():.{digits}f}")
-        lines.append(f"| {row} | {' | '.join(cells)} |")
+        lines.append(f"| {name} | {' | '.join(cells)} | {get_stability(runs):.1%} |")
     return "\n".join(lines)
 
 
