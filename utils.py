@@ -251,8 +251,8 @@ def rectify(h: Acts) -> tuple[Acts, Int[Tensor, "d_sae"], Float[Tensor, "d_sae"]
 @fused
 def jump(h: Acts, log_threshold: Float[Tensor, "d_sae"]) -> tuple[Acts, Int[Tensor, "d_sae"]]:
     """-> JumpReLU of h; rows in which each is active. As the jump has no gradient, the threshold is given
-    that of a ramp which falls from 1 to 0 while it passes from h - 1 to h + 1 [J25]: the ramp is added
-    and, as a constant, subtracted."""
+    that of a ramp which falls by 1 while it passes from h - 1 to h + 1 [J25]: the ramp is added and, as a
+    constant, subtracted."""
     threshold = log_threshold.exp()
     ramp = ((h.detach() - threshold) / 2).clamp(-0.5, 0.5)
     acts = (h * (h > threshold) + (ramp - ramp.detach())).to(h.dtype)
@@ -269,7 +269,8 @@ def get_jump_losses(h: Acts, acts: Acts, log_threshold: Acts, norms: Acts) -> tu
 def compare(y_hat: Resids, b_dec: Resids, y: Resids) -> tuple[Resids, Tensor, Tensor]:
     """-> the error of y_hat + b_dec; its squares, and those of y's distance from the mean, summed"""
     error = y_hat + b_dec - y
-    return error, error.pow(2).sum(), (y - y.mean(0)).norm(dim=-1).pow(2).sum()
+    variance = (y - y.mean(0)).norm(dim=-1).pow(2).sum()  # norm makes no tensor of squares
+    return error, error.pow(2).sum(), variance
 
 
 class CrossCoder(nn.Module):
@@ -404,8 +405,8 @@ class CrossCoder(nn.Module):
     @torch.no_grad()
     def choose(self, h: Acts, k: int) -> tuple[Int[Tensor, "n"], Float[Tensor, "n"]]:
         """topk: the k largest scores of each row; batchtopk [B24]: of all rows, k a row on average.
-        -> their places in h.flatten(), row after row, in any order within one; these scores, 0 at
-        least, or -inf at places that fill up the tensor, as other ranks have larger ones"""
+        -> their places in h.flatten(), row after row, in any order within one; these scores, at least
+        0, or -inf where other ranks have larger ones"""
         rows, d_sae = h.shape
         # unlike [B24]: no row keeps more than 8 k, so that the second topk below has less to sort
         most = 8 * k if self.activation == "batchtopk" else k
@@ -450,7 +451,7 @@ class CrossCoder(nn.Module):
         l1_loss, aux_loss, l0_loss = sum_ranks(torch.stack([l1_loss, aux_loss, fired.sum() / batch]))
         error, l2_loss, variance = compare(sum_ranks(y_hat).view_as(y), self.b_dec, y)
         if dead is not None:
-            # Unlike that of [G24], l2_loss is not relative to the variance; so AuxK is not, either.
+            # [G24] divides l2_loss by y's variance, and AuxK's by the error's; here l2_loss is not divided.
             left = self.get_aux_k(h[:, dead], self.W_dec[dead], error.detach())
             aux_loss = aux_loss + self.cfg["aux_coeff"] * variance / batch * left
         fvu = l2_loss.detach() / variance
@@ -513,7 +514,7 @@ class CrossCoder(nn.Module):
         self.b_enc.copy_(thresholds - level)
         self.fit_threshold(x)
 
-        # The scale: that of least squares, if reconstructions were to grow in proportion.
+        # The scale: by least squares, as if reconstructions grew in proportion to it.
         y_hat = self.normalise(self(x))
         y_hat -= y_hat.mean(0)
         scale = ((y - self.b_dec) * y_hat).sum() / y_hat.pow(2).sum()
@@ -1029,7 +1030,7 @@ class Trainer:
         self.total_steps = cfg["num_tokens"] // cfg["batch_size"]
         self.tokens_since_fired = torch.zeros_like(self.crosscoder.b_enc, dtype=torch.long)
         self.is_dead = torch.zeros_like(self.crosscoder.b_enc, dtype=torch.uint8)  # for AuxK to revive
-        self.dead: Int[Tensor, "n_dead"] | None = None  # the same, as get_losses takes them
+        self.dead: Int[Tensor, "n_dead"] | None = None  # their numbers, for get_losses
         self.log_integral = torch.zeros((), device=cfg["device"])  # see steer
         self.log_scale = torch.zeros((), device=cfg["device"])  # of the sparsity coefficient
         self.steps_skipped = torch.zeros((), device=cfg["device"])
@@ -1237,7 +1238,7 @@ class Trainer:
                             f"times in a row; largest norms: {norms}")
                 is_asked = self.agree()
                 is_due = self.step_counter % cfg["save_every"] == 0 and not is_last
-                if (is_due or is_asked) and not self.skipped_in_a_row:  # never bad weights
+                if (is_due or is_asked) and not self.skipped_in_a_row:  # or weights may be bad
                     self.save_soon = False
                     self.save()
 

@@ -1,7 +1,7 @@
 """A planted truth for model diffing: two made-up models with known directions, some shared, some of one model only.
 
-  python tests/planted.py                 relu and batchtopk, three seeds: precision and recall of 'exclusive', before
-                                          (by relative norm) and after latent scaling
+  python tests/planted.py                 each of RUNS, three seeds: precision and recall of 'exclusive', before (by
+                                          relative norm) and after latent scaling; L0 ± is the largest distance
   python tests/planted.py --n_shared=96   the same with any of make_cfg's keys
 A token's activation is the sum of its features' directions in that model, alike in both, plus noise. A feature that both
 have can be weak in one of them, which is what a penalty on norms shrinks away there, as if the other alone had it.
@@ -19,13 +19,15 @@ import torch
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 from train import make_cfg
-from utils import Trainer
+from utils import Trainer, get_stats
 
 D_MODEL = 96
 VOCABULARY = 2**15
 KINDS = {
     "shared": 96, "weak in the first": 16, "weak in the second": 16, "only in the first": 32, "only in the second": 32}
-RUNS = {"relu": {"l1_coeff": 2.5}, "batchtopk": {"k": 8}}
+RUNS = {
+    "relu": {"l1_coeff": 2.5}, "batchtopk": {"k": 8}, "relu, l0=8": {"activation": "relu", "l0": 8},
+    "jumprelu, l0=8": {"activation": "jumprelu", "l0": 8}}
 
 
 def functions_of_scratch() -> dict:
@@ -84,23 +86,24 @@ def score(called, second, W_dec, directions, kinds) -> tuple[float, float]:
     return right / max(1, int(called.sum())), len(found) / sum(kind.startswith("only") for kind in kinds)
 
 
-def run(activation: str, seed: int, get_exclusive, **overrides) -> dict:
+def run(name: str, seed: int, get_exclusive, **overrides) -> dict:
     """Trains on a planted pair. -> precision and recall before and after latent scaling, and what was called"""
     models, directions, kinds = plant(seed)
     tokens = torch.randint(VOCABULARY, (8000, 128), generator=torch.Generator().manual_seed(seed))
     cfg = make_cfg(**{
-        "preset": "diff-tiny", "activation": activation, "n_exclusive": 0, "layers": "all", "dict_size": 512, "seed": seed,
-        "device": "cpu", "enc_dtype": "fp32", "save_dir": tempfile.mkdtemp(), **RUNS[activation], **overrides})
+        "preset": "diff-tiny", "activation": name, "n_exclusive": 0, "layers": "all", "dict_size": 512, "seed": seed,
+        "device": "cpu", "enc_dtype": "fp32", "save_dir": tempfile.mkdtemp(), **RUNS[name], **overrides})
     trainer = Trainer(cfg, models, tokens)
     for _ in range(trainer.total_steps):
-        metrics = trainer.step()
+        trainer.step()
     crosscoder = trainer.crosscoder
-    crosscoder.fit_threshold(trainer.buffer.peek())
+    crosscoder.fit_threshold(trainer.peek())
     with torch.no_grad():
+        stats = get_stats(crosscoder, models, trainer.eval_tokens, cfg)
         table = get_exclusive(crosscoder, models, trainer.eval_tokens, cfg)
         calls = [table["candidate"], table["exclusive"]]
         scores = [score(called, table["second"], crosscoder.W_dec, directions, kinds) for called in calls]
-    return {"L0": metrics["sparsity/l0_batch"].item(), "FVU": metrics["fvu/batch"].item(), "scores": scores,
+    return {"L0": stats["l0"].item(), "FVU": stats["fvu_all"].item(), "scores": scores,
             "called": [int(called.sum()) for called in calls]}
 
 
@@ -110,15 +113,16 @@ def main() -> None:
     args, others = parser.parse_known_args()
     overrides = dict(argument.removeprefix("--").split("=", 1) for argument in others)
     get_exclusive = functions_of_scratch()["get_exclusive"]
-    print("| activation | L0 | FVU | called by relative norm | precision | recall | after latent scaling | precision | recall |")
+    print("| run | L0 | FVU | called by relative norm | precision | recall | after latent scaling | precision | recall |")
     print("|" + "---|" * 9)
-    for activation in RUNS:
-        results = [run(activation, seed, get_exclusive, **overrides) for seed in range(args.seeds)]
-        cells = [f"{np.mean([each['L0'] for each in results]):.1f}", f"{np.mean([each['FVU'] for each in results]):.3f}"]
+    for name in RUNS:
+        results = [run(name, seed, get_exclusive, **overrides) for seed in range(args.seeds)]
+        l0s = np.array([each["L0"] for each in results])
+        cells = [f"{l0s.mean():.2f} ± {abs(l0s - l0s.mean()).max():.2f}", f"{np.mean([each['FVU'] for each in results]):.3f}"]
         for i in range(2):
             cells.append(f"{np.mean([each['called'][i] for each in results]):.0f}")
             cells += [f"{np.mean([each['scores'][i][j] for each in results]):.2f}" for j in range(2)]
-        print(f"| {activation} | {' | '.join(cells)} |", flush=True)
+        print(f"| {name} | {' | '.join(cells)} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -99,6 +99,14 @@ TRIALS = {
         *[(f"warm-up over {n:.0%}", RELU, partial(warm_up, share=n)) for n in (0.02, 0)],
         ("calibrated", RELU, calibrate_relu)],
     **{f"batch_{n}": [(f"batch_size={n}", K | {"batch_size": n, "buffer_mult": 65536 // n}, None)] for n in (256, 1024)},
+    "smollm2": [
+        ("batchtopk", K | {"k": 54}, None),
+        ("batchtopk, outliers left in", K | {"k": 54, "outlier_norm": 0}, None),
+        ("batchtopk, aux_coeff=1", K | {"k": 54, "aux_coeff": 1}, None),
+        ("batchtopk, 5% of sources masked", K | {"k": 54}, partial(mask_sources, share=0.05)),
+        ("batchtopk, no warm-up", K | {"k": 54}, partial(warm_up, share=0)),
+        ("relu", RELU | {"l0": 54, "dec_init_norm": 0.03}, None),
+        ("jumprelu", JUMP | {"l0": 54, "l0_coeff": 0.6}, None)],
 }
 
 
