@@ -223,7 +223,7 @@ same = (get_closest(pair[0].crosscoder, pair[1].crosscoder) > 0.9).float().mean(
 print(f"after 100 steps {same:.1%} of a seed's latents have a cosine above 0.9 with one of another's")
 
 # %% Latent pages: one file for a browser, a table of all latents and a page for each that is chosen
-PAGES = r"""{# All is escaped but what these macros return: no text from a model or a dataset can be markup. #}
+PAGES = r"""{# Escaped, but for what these macros return: no text from a model or dataset can be markup. #}
 {% macro bar(v, most, color) -%}
 <i style="width: {{ (90 * v / most) | round }}px; background: var(--{{ color }})"></i> {{ "%.3g" % v }}
 {%- endmacro %}

@@ -1090,10 +1090,11 @@ class Trainer:
 
     def get_rise(self) -> float:
         """The share of the sparsity coefficient that is reached. relu: up over the first 5% of the steps,
-        then flat [A24]. jumprelu: up over all [J25]; where an l0 is given over 35%, for time to meet it."""
-        span = 0.05
-        if self.cfg["activation"] == "jumprelu":
-            span = 0.35 if self.cfg["l0"] else 1.0
+        then flat [A24]. jumprelu: up over all [J25]. Where an l0 is given: over 70%, as thresholds that
+        have risen too far hardly fall again."""
+        span = 0.05 if self.cfg["activation"] == "relu" else 1.0
+        if self.cfg["l0"]:
+            span = 0.7
         return min(1.0, self.step_counter / self.total_steps / span)
 
     def get_l1_coeff(self) -> float | Tensor:
@@ -1109,7 +1110,7 @@ class Trainer:
         rise = self.get_rise()
         error = rise * (l0 * rise / self.cfg["l0"]).clamp(min=0.1, max=10).log()
         self.log_integral = (self.log_integral + 20 / self.total_steps * error).clamp(-7, 7)
-        self.log_scale = self.log_integral + (4 * error).clamp(-1.5, 1.5)
+        self.log_scale = self.log_integral + (4 * error).clamp(max=1.5)
 
     def get_k(self) -> int:
         """topk, batchtopk: from 8 k down to k over the first 5% of the steps."""

@@ -41,8 +41,8 @@ def mask_sources(trainer: Trainer, share: float) -> None:
 def warm_up(trainer: Trainer, share: float) -> None:
     """The learning rate rises over this share of the steps, not 5%."""
     def get_lr():
-        progress = (trainer.step_counter + 1) / trainer.total_steps
-        return trainer.cfg["lr"] * min(1.0, progress / max(share, 1e-9), (1 - progress) / 0.2 + 1e-3)
+        step, total = trainer.step_counter, trainer.total_steps
+        return trainer.cfg["lr"] * min(1.0, (step + 1) / max(share * total, 1e-9), (total - step) / (0.2 * total))
 
     trainer.get_lr = get_lr
 
