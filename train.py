@@ -53,7 +53,7 @@ KEYS = {  # key: (default, comment); default_cfg and --help are made of this
                 "hub name@revision, file or folder of text; it and tokens can be mixed: a:0.5,b:0.5"),
     "seq_len": (1024, "tokens in a sequence, the first of them BOS"),
     "num_tokens": (1_070_000_000, "tokens to train on: one row of activations each"),
-    "outlier_norm": (20.0, "rows so many times as long as the mean, at any source, are left out; 0: none"),
+    "outlier_norm": (20.0, "rows so many times as long as the mean, at any source, are replaced; 0: none"),
     "batch_size": (2048, "rows in a step"),
     "buffer_mult": (512, "batches that the shuffled buffer holds"),
     "buffer_device": ("auto", "where the buffer is kept; auto is the device"),

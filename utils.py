@@ -379,8 +379,8 @@ class CrossCoder(nn.Module):
         return self.decode(self.encode(x))
 
     def is_outlier(self, x: Resids) -> Bool[Tensor, "batch"]:
-        """Whether a row is, at some source, over outlier_norm times as long as that source's mean row. If a
-        tenth of the rows or more are, none counts: then norm_factor has another scale."""
+        """Whether a row is, at some source, over outlier_norm times as long as rows there are on average. If
+        a tenth of the rows or more are, none counts: then norm_factor is of another scale."""
         most = self.cfg.get("outlier_norm") or math.inf  # an earlier version's cfg has none
         norms = x.norm(dim=-1, dtype=torch.float32)  # [batch, n_layers]
         is_long = (norms > most * math.sqrt(x.shape[-1]) * self.norm_factor).any(-1)
@@ -498,12 +498,12 @@ class CrossCoder(nn.Module):
     # ---- CrossCoder: what is fitted to activations rather than learnt
     @torch.no_grad()
     def calibrate(self, x: Resids) -> None:
-        """Starts topk, batchtopk and jumprelu with FVU below 1; relu starts as published. Sets the
-        scale of W_enc, b_enc and b_dec on these raw activations."""
-        if self.activation == "relu":
+        """Starts with FVU below 1, but for relu without an l0, which starts as published. Sets the scale
+        of W_enc, b_enc and b_dec on these raw activations."""
+        if self.activation == "relu" and not self.cfg["l0"]:
             return
-        # b_enc: a latent's mean product with y comes to lie at its threshold, 0 so far for topk and
-        # batchtopk; or, with jumprelu, the product that a tenth of the rows exceed.
+        # b_enc: puts a latent's mean product with y at its threshold, which is 0 so far; or, with
+        # jumprelu, the product that a tenth of the rows exceed.
         y = self.normalise(x)
         self.b_dec.copy_(y.mean(0))
         h = self.get_pre_acts(y).float()
@@ -764,8 +764,7 @@ def get_stats(crosscoder: CrossCoder, models: list, tokens: Tokens, cfg: dict) -
     """How the crosscoder reconstructs and fires on tokens without position 0. On the CPU, in float64:
     fvu [n_layers]: sum ||x - x_hat||^2 / sum ||x - E x||^2 without outliers; nan where x is constant
     fvu_all: the same over all sources, source l weighted by norm_factor[l] ** -2, as in the loss
-    fvu_with_outliers, fvu_all_with_outliers: both over all rows, as is all that follows
-    outliers: their share
+    fvu_with_outliers, fvu_all_with_outliers: both over all rows; outliers: their share. Over all rows, too:
     norm_ratio [n_layers]: E||x_hat|| / E||x||, below 1 where there is shrinkage
     mean [n_layers, d_model]: E x; l0: active latents a token; freqs [d_sae]: how often each fires.
     Of several ranks each reads all tokens, with its own latents."""
@@ -783,7 +782,7 @@ def get_stats(crosscoder: CrossCoder, models: list, tokens: Tokens, cfg: dict) -
             offsets.pow(2).sum(2), (x - x_hat).pow(2).sum(2), x.norm(dim=-1), x_hat.norm(dim=-1)], 1)
         totals = totals + torch.stack([sizes[rows].sum(0) for rows in kinds], 1).cpu().double()
         means = means + torch.stack([offsets[rows].sum(0) for rows in kinds]).cpu().double()
-        n_rows = n_rows + torch.tensor([[len(x[rows])] for rows in kinds]).double()  # [kind, 1]
+        n_rows = n_rows + torch.tensor([[len(sizes[rows])] for rows in kinds]).double()  # [kind, 1]
         fires = fires + (acts > 0).sum(0).cpu().double()
     squares, errors, norms, norms_hat = totals  # [kind, n_layers] each
     means = means / n_rows[..., None]
@@ -1052,9 +1051,9 @@ class Trainer:
             self.load(Path(cfg["resume"]))
             return
         self.buffer.refresh()
-        if not cfg["norm"] and not cfg["init_from"]:
-            self.crosscoder.norm_factor.copy_(self.get_norm_factor())
         if not cfg["init_from"]:
+            if not cfg["norm"]:
+                self.crosscoder.norm_factor.copy_(self.get_norm_factor())
             self.crosscoder.calibrate(self.peek())
 
     def get_norm_factor(self) -> Float[Tensor, "n_layers"]:
@@ -1070,10 +1069,10 @@ class Trainer:
         return mean / math.sqrt(rows.shape[-1])
 
     def replace_outliers(self, x: Resids) -> tuple[Resids, Float[Tensor, ""]]:
-        """-> x with other rows of it, which so count twice, in the place of outliers: no shape changes, and
-        nothing waits for the device; the share of outliers"""
+        """-> x with copies of its other rows in the place of outliers, so that no shape changes and nothing
+        waits for the device; the share of outliers"""
         is_outlier = self.crosscoder.is_outlier(x)
-        others = is_outlier.byte().argsort(stable=True)  # the first nine tenths are no outliers
+        others = is_outlier.byte().argsort(stable=True)  # outliers last; the first half has none
         rows = torch.arange(len(x), device=x.device)
         return x[torch.where(is_outlier, others[rows // 2], rows)], is_outlier.float().mean()
 
@@ -1090,15 +1089,14 @@ class Trainer:
 
     def get_rise(self) -> float:
         """The share of the sparsity coefficient that is reached. relu: up over the first 5% of the steps,
-        then flat [A24]. jumprelu: up over all [J25]. Where an l0 is given: over 70%, as thresholds that
-        have risen too far hardly fall again."""
-        span = 0.05 if self.cfg["activation"] == "relu" else 1.0
-        if self.cfg["l0"]:
-            span = 0.7
+        then flat [A24]. jumprelu: up over all [J25]. With an l0 relu has 35%, as L0 has to follow, and
+        jumprelu 70%, which leaves time to settle: a threshold that is too high hardly falls."""
+        spans = {"relu": (0.05, 0.35), "jumprelu": (1.0, 0.7)}
+        span = spans.get(self.cfg["activation"], (1.0, 1.0))[self.cfg["l0"] > 0]
         return min(1.0, self.step_counter / self.total_steps / span)
 
     def get_l1_coeff(self) -> float | Tensor:
-        """Of the sparsity penalty; where an l0 is given, a tensor, times what steer has come to."""
+        """The coefficient of the sparsity penalty; with an l0 a tensor, scaled by what steer has found."""
         coeffs = {"relu": self.cfg["l1_coeff"], "jumprelu": self.cfg["l0_coeff"]}
         coeff = coeffs.get(self.cfg["activation"], 0.0) * self.get_rise()
         return coeff * self.log_scale.exp() if self.cfg["l0"] else coeff
@@ -1106,7 +1104,8 @@ class Trainer:
     def steer(self, l0: Float[Tensor, ""]) -> None:
         """Moves the sparsity coefficient towards the one at which the L0 of a batch comes to cfg["l0"]:
         proportional and integral control of its logarithm. While the coefficient still rises the aim is
-        l0 / rise, as L0 is about inverse to it; and an error weighs less, as it is also the start's."""
+        l0 / rise, as L0 is about inverse to it; and an error weighs less, as part of it is left from the
+        start. Upward jumps are bounded, as latents that one silences hardly come back."""
         rise = self.get_rise()
         error = rise * (l0 * rise / self.cfg["l0"]).clamp(min=0.1, max=10).log()
         self.log_integral = (self.log_integral + 20 / self.total_steps * error).clamp(-7, 7)
@@ -1119,8 +1118,8 @@ class Trainer:
 
     # ---- Trainer: training
     def step(self, x: Resids | None = None) -> dict[str, float | Tensor]:
-        """One step on the buffer's next batch, or on this one. Metrics stay tensors, as reading one waits
-        for the device."""
+        """One step on the buffer's next batch, or on x, this rank's share of one. Metrics stay tensors, as
+        reading one waits for the device."""
         cfg = self.cfg
         lr = self.get_lr()
         l1_coeff = self.get_l1_coeff()
@@ -1239,7 +1238,7 @@ class Trainer:
                             f"times in a row; largest norms: {norms}")
                 is_asked = self.agree()
                 is_due = self.step_counter % cfg["save_every"] == 0 and not is_last
-                if (is_due or is_asked) and not self.skipped_in_a_row:  # or weights may be bad
+                if (is_due or is_asked) and not self.skipped_in_a_row:  # else weights may be bad
                     self.save_soon = False
                     self.save()
 

@@ -109,7 +109,7 @@ def test_the_coefficient_rises_while_l0_is_above_its_aim_and_falls_while_below(c
         proportional = min(1.5, 4 * math.log(factor))
         assert trainer.log_scale.item() == pytest.approx(20 / trainer.total_steps * math.log(factor) + proportional, abs=1e-6)
         assert float(trainer.get_l1_coeff()) == pytest.approx(full * trainer.log_scale.exp().item())
-    trainer.step_counter = 14  # of 40: half of the coefficient is reached
+    trainer.step_counter = {"relu": 7, "jumprelu": 14}[activation]  # of 40: half of the coefficient is reached
     trainer.log_integral.zero_()
     trainer.steer(torch.tensor(40.0))
     assert trainer.log_scale.abs() < 1e-6  # so the aim is twice as high
@@ -121,6 +121,15 @@ def test_the_coefficient_rises_while_l0_is_above_its_aim_and_falls_while_below(c
     plain.step_counter = 20
     plain.log_scale += 1
     assert plain.get_l1_coeff() == {"relu": full, "jumprelu": full / 2}[activation]  # as published
+
+
+def test_relu_starts_calibrated_only_where_an_l0_is_given(cfg, models, tokens):
+    fvus = []
+    for l0 in (0.0, 20.0):
+        trainer = Trainer({**cfg, "activation": "relu", "l0": l0}, models, tokens[:60])
+        assert (trainer.crosscoder.b_enc == 0).all() == (l0 == 0)
+        fvus.append(trainer.crosscoder.get_losses(trainer.peek()).fvu.item())
+    assert fvus[1] < 0.9 < 1 < fvus[0]
 
 
 def test_what_the_coefficient_has_come_to_is_resumed(cfg, models, tokens):

@@ -9,7 +9,7 @@ from utils import Trainer
 
 SMALL = {
     "dict_size": 256, "num_tokens": 64 * 60, "batch_size": 64, "buffer_mult": 16, "eval_seqs": 4, "model_batch_size": 8,
-    "enc_dtype": "fp32", "device": "cpu"}
+    "enc_dtype": "fp32", "device": "cpu", "dead_after": 640}
 
 
 def make_trainer(folder, **keys):
@@ -29,8 +29,11 @@ def test_rows_are_trained_on_the_same_batches_and_a_mask_is_for_training_alone(m
     keys = [key for key in results[0] if key not in ("row", "folder")]
     assert [results[1][key] for key in keys] == [results[0][key] for key in keys]
     assert results[2]["fvu/all"] > 1.02 * results[0]["fvu/all"]
-    head, line, *lines = trials.table(results).split("\n")
-    assert len(lines) == 3 and line.count("|") == head.count("|") == 8
+    head, line, *lines, _, _, plain, _, _ = trials.table(results).split("\n")
+    assert len(lines) == 3 and line.count("|") == head.count("|") == 9
+    assert all(len(result["growth"]) == 10 for result in results)
+    dead = (results[0]["growth"][-1] + results[3]["growth"][-1]) / 2
+    assert plain.startswith("plain: ") and plain.endswith(f" {dead:.1%}") and 0 <= results[0]["rare"] < 1
     for text, row in zip(lines, ("plain", "0% masked", "50% masked")):
         fvus = [result["fvu/all"] for result in results if result["row"] == row]
         assert text.startswith(f"| {row} |") and f"| {sum(fvus) / 2:.4f} ± {abs(fvus[0] - fvus[1]) / 2:.4f} |" in text
@@ -80,5 +83,5 @@ def test_the_warm_up_takes_its_share_of_the_steps(tmp_path, share):
 def test_calibrated_relu_starts_below_an_fvu_of_1(tmp_path):
     trainer = make_trainer(tmp_path)
     before = trainer.evaluate()["fvu/all"]
-    trials.calibrate_relu(trainer)
-    assert trainer.evaluate()["fvu/all"] < min(1, before) and trainer.crosscoder.activation == "relu"
+    trials.calibrate(trainer)
+    assert trainer.evaluate()["fvu/all"] < min(1, before)

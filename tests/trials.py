@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import utils
 from frontier import get_stability, look
 from train import load_models, load_tokens, make_cfg, parse_overrides
-from utils import Trainer, get_jump_losses
+from utils import Trainer, get_jump_losses, get_stats
 
 
 # ---- Changes to a trainer that are not in the code ------------------------------------------------
@@ -47,12 +47,10 @@ def warm_up(trainer: Trainer, share: float) -> None:
     trainer.get_lr = get_lr
 
 
-def calibrate_relu(trainer: Trainer) -> None:
-    """relu starts with biases and scale fitted to the first rows, as topk does."""
-    trainer.crosscoder.activation = "batchtopk"  # whose threshold is 0 so far
+def calibrate(trainer: Trainer) -> None:
+    """relu without an l0 starts with biases and scale fitted to the first rows, too."""
+    trainer.crosscoder.cfg = {**trainer.crosscoder.cfg, "l0": 1.0}
     trainer.crosscoder.calibrate(trainer.peek())
-    trainer.crosscoder.activation = "relu"
-    trainer.crosscoder.threshold.zero_()
 
 
 def aim_by_loss(trainer: Trainer, weight: float) -> None:
@@ -97,7 +95,8 @@ TRIALS = {
         ("relu", RELU, None),
         ("5% of sources masked", RELU, partial(mask_sources, share=0.05)),
         *[(f"warm-up over {n:.0%}", RELU, partial(warm_up, share=n)) for n in (0.02, 0)],
-        ("calibrated", RELU, calibrate_relu)],
+        *[(f"l1_coeff={n}, no l0{said}", RELU | {"l0": 0, "l1_coeff": n}, change)
+          for n in (1.5, 2.5) for said, change in (("", None), (", calibrated", calibrate))]],
     **{f"batch_{n}": [(f"batch_size={n}", K | {"batch_size": n, "buffer_mult": 65536 // n}, None)] for n in (256, 1024)},
     "smollm2": [
         ("batchtopk", K | {"k": 54}, None),
@@ -107,14 +106,17 @@ TRIALS = {
         ("batchtopk, no warm-up", K | {"k": 54}, partial(warm_up, share=0)),
         ("relu", RELU | {"l0": 54, "dec_init_norm": 0.03}, None),
         ("jumprelu", JUMP | {"l0": 54, "l0_coeff": 0.6}, None)],
+    "at_size": [("batchtopk", K | {"k": 64}, None), ("jumprelu", JUMP | {"l0": 64, "l0_coeff": 1}, None)],
 }
 
 
-COLUMNS = {"sparsity/l0": 1, "fvu/all": 4, "ce/delta_all": 3, "sparsity/dead": 3, "coherence": 2}  # digits
+COLUMNS = {  # with how many digits
+    "sparsity/l0": 1, "fvu/all": 4, "ce/delta_all": 3, "sparsity/dead": 3, "rare": 3, "coherence": 2}
 
 
 def run(trial: str, seed: int, overrides: dict) -> list[dict]:
-    """Trains a trial's rows together. -> what each has come to"""
+    """Trains a trial's rows together. -> what each has come to: what look says; rare, the share of latents that are
+    active on fewer than one in 100,000 of 200,000 tokens trained on; growth, the share that is dead after each tenth"""
     paths = {"seed": seed, "save_dir": tempfile.mkdtemp(), "wandb_mode": "disabled"}
     cfgs = [make_cfg(**{"preset": "tiny", **keys, **overrides, **paths}) for _, keys, _ in TRIALS[trial]]
     models = load_models(cfgs[0])
@@ -124,20 +126,28 @@ def run(trial: str, seed: int, overrides: dict) -> list[dict]:
         trainers.append(Trainer(cfg, models, all_tokens, trainers[0].buffer if trainers else None))
         if change is not None:
             change(trainers[-1])
-    for _ in tqdm.trange(trainers[0].total_steps, desc=f"{trial}, seed {seed}"):
+    rows = [{"trial": trial, "row": row, "seed": seed, "growth": []} for row, _, _ in TRIALS[trial]]
+    for step in tqdm.trange(trainers[0].total_steps, desc=f"{trial}, seed {seed}"):
         x = trainers[0].buffer.next()
-        for trainer in trainers:
+        is_tenth = (step + 1) * 10 // trainers[0].total_steps > step * 10 // trainers[0].total_steps
+        for row, trainer in zip(rows, trainers):
             trainer.step(x)
-    rows = []
-    for (row, _, _), trainer in zip(TRIALS[trial], trainers):
-        rows.append({"trial": trial, "row": row, "seed": seed, **look(trainer), "folder": str(trainer.run_dir)})
+            if is_tenth:
+                dead = trainer.tokens_since_fired >= trainer.cfg["dead_after"]
+                row["growth"].append(dead.float().mean().item())
+    tokens = all_tokens[: 200_000 // all_tokens.shape[1]]
+    for row, trainer in zip(rows, trainers):
+        row.update(look(trainer), folder=str(trainer.run_dir))
+        freqs = get_stats(trainer.crosscoder, models, tokens, trainer.cfg)["freqs"]
+        row["rare"] = (freqs < 1e-5).double().mean().item()
         trainer.crosscoder.save(trainer.run_dir / "step_1")
     return rows
 
 
 def table(rows: list[dict]) -> str:
-    """Means over the seeds, and the largest distance of one from them."""
-    lines = ["| | L0 | FVU | CE delta | dead | coherence | stable |", "|" + "---|" * 7]
+    """Means over the seeds, and the largest distance of one from them; how the dead grow."""
+    lines = ["| | L0 | FVU | CE delta | dead | rare | coherence | stable |", "|" + "---|" * 8]
+    growth = ["", "dead after each tenth of training:"]
     for name in dict.fromkeys(row["row"] for row in rows):
         runs = [row for row in rows if row["row"] == name]
         cells = []
@@ -145,7 +155,9 @@ def table(rows: list[dict]) -> str:
             values = np.array([run[key] for run in runs])
             cells.append(f"{values.mean():.{digits}f} ± {abs(values - values.mean()).max():.{digits}f}")
         lines.append(f"| {name} | {' | '.join(cells)} | {get_stability(runs):.1%} |")
-    return "\n".join(lines)
+        dead = np.mean([run["growth"] for run in runs], axis=0)
+        growth.append(f"{name}: " + " ".join(f"{share:.1%}" for share in dead))
+    return "\n".join(lines + growth)
 
 
 def main(argv: list[str]) -> None:
