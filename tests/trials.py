@@ -135,7 +135,7 @@ def run(trial: str, seed: int, overrides: dict) -> list[dict]:
             if is_tenth:
                 dead = trainer.tokens_since_fired >= trainer.cfg["dead_after"]
                 row["growth"].append(dead.float().mean().item())
-    tokens = all_tokens[: 200_000 // all_tokens.shape[1]]
+    tokens = all_tokens[: min(200_000, cfgs[0]["num_tokens"]) // all_tokens.shape[1]]
     for row, trainer in zip(rows, trainers):
         row.update(look(trainer), folder=str(trainer.run_dir))
         freqs = get_stats(trainer.crosscoder, models, tokens, trainer.cfg)["freqs"]
