@@ -320,7 +320,7 @@ function list() {
   const compare = (a, b) => (a > b) - (a < b);
   found.sort((a, b) => sign * compare(a.values[column], b.values[column]));
   order = found.map(r => r.values[0]).filter(latent => get("l" + latent));  // of those that have a page
-  get("dots").innerHTML = found.map(({values: [latent, , density, , span]}) => density && `
+  get("dots").innerHTML = found.map(({values: [latent, , density, , span]}) => !density ? "" : `
     <a href="#latent=${latent}" tabindex="-1"><circle r="3" cx="${333 + 66 * Math.log10(density)}"
     cy="${195 - 190 * (span - 1) / (get("dots").dataset.most - 1)}"/></a>`).join("");
   get("lines").innerHTML = found.slice(0, most).map(r => r.line).join("");

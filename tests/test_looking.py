@@ -212,6 +212,21 @@ def test_in_a_browser_one_goes_from_the_table_to_a_latent_and_on(pages, browser,
     assert "has no page" in texts("#page h1")[0]
     browser.get(f"file://{pages[0]}#latent=128")
     until(lambda: texts("#page h1") == ["latent 128"])
+    press("/")
+    until(lambda: not texts("#page h1"))
+    press("12")
+    press(Keys.ENTER)  # the latent of this number, not the first whose tokens have it
+    until(lambda: texts("#page h1") == ["latent 12"])
+    browser.get("about:blank")
+    browser.get(f"file://{pages[0]}")
+    until(lambda: texts("td a"))
+    run("scrollTo(0, 900)")
+    click("td a", 20)
+    until(lambda: texts("#page h1"))
+    assert run("return scrollY") == 0
+    browser.back()
+    until(lambda: not texts("#page h1"))
+    assert run("return scrollY") == 900 and not texts("#dots:not(:empty) > :not(a)")
     assert browser.title == "Latents"
     assert not browser.get_log("browser")
     requests = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]
