@@ -30,7 +30,7 @@ def test_rows_are_trained_on_the_same_batches_and_a_mask_is_for_training_alone(m
     assert [results[1][key] for key in keys] == [results[0][key] for key in keys]
     assert results[2]["fvu/all"] > 1.02 * results[0]["fvu/all"]
     head, line, *lines, _, _, plain, _, _ = trials.table(results).split("\n")
-    assert len(lines) == 3 and line.count("|") == head.count("|") == 9
+    assert len(lines) == 3 and line.count("|") == head.count("|") == 10
     assert all(len(result["growth"]) == 10 for result in results)
     dead = (results[0]["growth"][-1] + results[3]["growth"][-1]) / 2
     assert plain.startswith("plain: ") and plain.endswith(f" {dead:.1%}") and 0 <= results[0]["rare"] < 1
@@ -62,6 +62,19 @@ def test_the_quadratic_loss_is_that_of_l0(tmp_path):
     assert losses.l0_loss > 8 and grad.min() < 0 and grad.max() <= 0  # higher thresholds, fewer latents
     trainer.step_counter = trainer.total_steps
     assert trainer.get_l1_coeff() == 30
+
+
+def test_half_batches_are_twice_as_many_steps_on_the_same_rows(monkeypatch):
+    trainers = []
+
+    def halve(trainer):
+        trials.split_batches(trainer, 2)
+        trainers.append(trainer)
+
+    monkeypatch.setitem(trials.TRIALS, "batches", [("whole", trials.K, None), ("half", trials.K, halve)])
+    whole, half = trials.run("batches", 0, SMALL, rare_tokens=127 * 8)
+    assert trainers[0].step_counter == trainers[0].total_steps == 120
+    assert half["fvu/all"] < 0.95 * whole["fvu/all"]
 
 
 @pytest.mark.parametrize("share", [0.05, 0.02, 0])

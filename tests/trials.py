@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import utils
 from frontier import get_stability, look
 from train import load_models, load_tokens, make_cfg, parse_overrides
-from utils import Trainer, get_jump_losses, get_stats
+from utils import Trainer, get_jump_losses
 
 
 # ---- Changes to a trainer that are not in the code ------------------------------------------------
@@ -45,6 +45,13 @@ def warm_up(trainer: Trainer, share: float) -> None:
         return trainer.cfg["lr"] * min(1.0, (step + 1) / max(share * total, 1e-9), (total - step) / (0.2 * total))
 
     trainer.get_lr = get_lr
+
+
+def split_batches(trainer: Trainer, parts: int) -> None:
+    """Each batch is so many, with a step for each."""
+    batch_size = trainer.cfg["batch_size"] // parts
+    trainer.cfg = trainer.cfg | {"batch_size": batch_size}
+    trainer.total_steps = trainer.cfg["num_tokens"] // batch_size
 
 
 def calibrate(trainer: Trainer) -> None:
@@ -79,6 +86,9 @@ def aim_by_loss(trainer: Trainer, weight: float) -> None:
 K = {"activation": "batchtopk", "k": 32}
 RELU = {"activation": "relu", "l0": 32}
 JUMP = {"activation": "jumprelu", "l0": 32}
+K_54 = K | {"k": 54}  # on SmolLM2
+RELU_54 = RELU | {"l0": 54, "dec_init_norm": 0.03}
+JUMP_54 = JUMP | {"l0": 54, "l0_coeff": 0.6}
 TRIALS = {
     "l0": [
         *[(f"relu, l1_coeff={2 * n:g}", RELU | {"l1_coeff": 2 * n}, None) for n in (0.1, 1, 10)],
@@ -99,24 +109,31 @@ TRIALS = {
           for n in (1.5, 2.5) for said, change in (("", None), (", calibrated", calibrate))]],
     **{f"batch_{n}": [(f"batch_size={n}", K | {"batch_size": n, "buffer_mult": 65536 // n}, None)] for n in (256, 1024)},
     "smollm2": [
-        ("batchtopk", K | {"k": 54}, None),
-        ("batchtopk, outliers left in", K | {"k": 54, "outlier_norm": 0}, None),
-        ("batchtopk, aux_coeff=1", K | {"k": 54, "aux_coeff": 1}, None),
-        ("batchtopk, 5% of sources masked", K | {"k": 54}, partial(mask_sources, share=0.05)),
-        ("batchtopk, no warm-up", K | {"k": 54}, partial(warm_up, share=0)),
-        ("relu", RELU | {"l0": 54, "dec_init_norm": 0.03}, None),
-        ("jumprelu", JUMP | {"l0": 54, "l0_coeff": 0.6}, None)],
+        ("batchtopk", K_54, None),
+        ("batchtopk, outliers left in", K_54 | {"outlier_norm": 0}, None),
+        ("batchtopk, aux_coeff=1", K_54 | {"aux_coeff": 1}, None),
+        ("batchtopk, 5% of sources masked", K_54, partial(mask_sources, share=0.05)),
+        ("batchtopk, no warm-up", K_54, partial(warm_up, share=0)),
+        ("batchtopk, two steps a batch", K_54, partial(split_batches, parts=2)),
+        ("relu, l0=54", RELU_54, None),
+        ("relu, l1_coeff=2", RELU_54 | {"l0": 0, "l1_coeff": 2}, None),
+        ("relu, l1_coeff=1.5, calibrated", RELU_54 | {"l0": 0, "l1_coeff": 1.5}, calibrate),
+        ("jumprelu, l0=54", JUMP_54, None)],
+    "smollm2_outliers": [("left out", K_54, None), ("left in", K_54 | {"outlier_norm": 0}, None)],
+    "smollm2_l0": [
+        *[(f"relu, l0=54, l1_coeff={n:g}", RELU_54 | {"l1_coeff": n}, None) for n in (0.2, 20)],
+        *[(f"jumprelu, l0=54, l0_coeff={n:g}", JUMP_54 | {"l0_coeff": n}, None) for n in (0.06, 6)]],
     "at_size": [("batchtopk", K | {"k": 64}, None), ("jumprelu", JUMP | {"l0": 64, "l0_coeff": 1}, None)],
 }
 
 
 COLUMNS = {  # with how many digits
-    "sparsity/l0": 1, "fvu/all": 4, "ce/delta_all": 3, "sparsity/dead": 3, "rare": 3, "coherence": 2}
+    "sparsity/l0": 1, "fvu/all": 4, "fvu_with_outliers/all": 4, "ce/delta_all": 3, "sparsity/dead": 3, "rare": 3, "coherence": 2}
 
 
-def run(trial: str, seed: int, overrides: dict) -> list[dict]:
+def run(trial: str, seed: int, overrides: dict, rare_tokens: int = 200_000) -> list[dict]:
     """Trains a trial's rows together. -> what each has come to: what look says; rare, the share of latents that are
-    active on fewer than one in 100,000 of 200,000 tokens trained on; growth, the share that is dead after each tenth"""
+    active on fewer than one in 100,000 of rare_tokens trained on; growth, the share that is dead after each tenth"""
     paths = {"seed": seed, "save_dir": tempfile.mkdtemp(), "wandb_mode": "disabled"}
     cfgs = [make_cfg(**{"preset": "tiny", **keys, **overrides, **paths}) for _, keys, _ in TRIALS[trial]]
     models = load_models(cfgs[0])
@@ -131,22 +148,33 @@ def run(trial: str, seed: int, overrides: dict) -> list[dict]:
         x = trainers[0].buffer.next()
         is_tenth = (step + 1) * 10 // trainers[0].total_steps > step * 10 // trainers[0].total_steps
         for row, trainer in zip(rows, trainers):
-            trainer.step(x)
+            for part in x.split(trainer.cfg["batch_size"]):
+                trainer.step(part)
             if is_tenth:
                 dead = trainer.tokens_since_fired >= trainer.cfg["dead_after"]
                 row["growth"].append(dead.float().mean().item())
-    tokens = all_tokens[: min(200_000, cfgs[0]["num_tokens"]) // all_tokens.shape[1]]
     for row, trainer in zip(rows, trainers):
+        cfg = trainer.crosscoder.cfg
+        trainer.crosscoder.cfg = cfg | {"outlier_norm": 20.0}  # FVU is of the same rows for all
         row.update(look(trainer), folder=str(trainer.run_dir))
-        freqs = get_stats(trainer.crosscoder, models, tokens, trainer.cfg)["freqs"]
-        row["rare"] = (freqs < 1e-5).double().mean().item()
+        trainer.crosscoder.cfg = cfg
         trainer.crosscoder.save(trainer.run_dir / "step_1")
+    fires = [torch.zeros(len(trainer.crosscoder.b_enc), dtype=torch.long) for trainer in trainers]
+    n_rows = 0
+    tokens = all_tokens[: min(rare_tokens, cfgs[0]["num_tokens"]) // all_tokens.shape[1]]
+    for x in utils.iter_rows(models, tokens, cfgs[0]):
+        n_rows += len(x)
+        for count, trainer in zip(fires, trainers):
+            with torch.no_grad():
+                count += (trainer.crosscoder.encode(x.float()) > 0).sum(0).cpu()
+    for row, count in zip(rows, fires):
+        row["rare"] = (count < 1e-5 * n_rows).double().mean().item()
     return rows
 
 
 def table(rows: list[dict]) -> str:
     """Means over the seeds, and the largest distance of one from them; how the dead grow."""
-    lines = ["| | L0 | FVU | CE delta | dead | rare | coherence | stable |", "|" + "---|" * 8]
+    lines = ["| | L0 | FVU | with outliers | CE delta | dead | rare | coherence | stable |", "|" + "---|" * 9]
     growth = ["", "dead after each tenth of training:"]
     for name in dict.fromkeys(row["row"] for row in rows):
         runs = [row for row in rows if row["row"] == name]
@@ -164,10 +192,11 @@ def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("trial", choices=TRIALS)
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--rare_tokens", type=int, default=200_000, help="on how many it is counted which are rare")
     args, others = parser.parse_known_args(argv)
     rows = []
     for seed in range(args.seeds):
-        rows += run(args.trial, seed, parse_overrides(others))
+        rows += run(args.trial, seed, parse_overrides(others), args.rare_tokens)
     with open("trials.jsonl", "a") as file:
         file.writelines(json.dumps(row) + "\n" for row in rows)
     print(table(rows))
