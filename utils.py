@@ -1108,7 +1108,7 @@ class Trainer:
         start. Upwards the proportional part is bounded: 4 log 10 would be a factor of 10,000."""
         rise = self.get_rise()
         error = rise * (l0 * rise / self.cfg["l0"]).clamp(min=0.1, max=10).log()
-        self.log_integral = (self.log_integral + 20 / self.total_steps * error).clamp(-7, 7)
+        self.log_integral = (self.log_integral + 20 / self.total_steps * error).clamp(-3, 3)
         self.log_scale = self.log_integral + (4 * error).clamp(max=1.5)
 
     def get_k(self) -> int:
