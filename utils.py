@@ -1105,7 +1105,8 @@ class Trainer:
         """Moves the sparsity coefficient towards the one at which the L0 of a batch comes to cfg["l0"]:
         proportional and integral control of its logarithm. While the coefficient still rises the aim is
         l0 / rise, as L0 is about inverse to it; and an error weighs less, as part of it is left from the
-        start. Upwards the proportional part is bounded: 4 log 10 would be a factor of 10,000."""
+        start. Upwards the proportional part is bounded: 4 log 10 would be a factor of 10,000. The integral
+        is bounded, too: where L0 cannot follow, as in a short run, the penalty would drown the error."""
         rise = self.get_rise()
         error = rise * (l0 * rise / self.cfg["l0"]).clamp(min=0.1, max=10).log()
         self.log_integral = (self.log_integral + 20 / self.total_steps * error).clamp(-3, 3)

@@ -116,7 +116,7 @@ def test_the_coefficient_rises_while_l0_is_above_its_aim_and_falls_while_below(c
     for l0 in (0.0, math.inf):
         for _ in range(1000):
             trainer.steer(torch.tensor(l0))
-        assert 0 < trainer.get_l1_coeff() < math.inf
+        assert 0 < trainer.get_l1_coeff() < math.inf and abs(trainer.log_integral) == 3
     plain = Trainer({**cfg, "activation": activation}, models, tokens[:60])
     plain.step_counter = 20
     plain.log_scale += 1
