@@ -1089,10 +1089,10 @@ class Trainer:
 
     def get_rise(self) -> float:
         """The share of the sparsity coefficient that is reached. relu: up over the first 5% of the steps,
-        then flat [A24]. jumprelu: up over all [J25]. With an l0 relu has 35%, as L0 has to follow, and
-        jumprelu 70%, which leaves time to settle: a threshold that is too high hardly falls."""
-        spans = {"relu": (0.05, 0.35), "jumprelu": (1.0, 0.7)}
-        span = spans.get(self.cfg["activation"], (1.0, 1.0))[self.cfg["l0"] > 0]
+        then flat [A24]. jumprelu: up over all [J25]. With an l0 both have 35%, as L0 has to follow."""
+        span = 0.05 if self.cfg["activation"] == "relu" else 1.0
+        if self.cfg["l0"]:
+            span = 0.35
         return min(1.0, self.step_counter / self.total_steps / span)
 
     def get_l1_coeff(self) -> float | Tensor:
@@ -1101,14 +1101,19 @@ class Trainer:
         coeff = coeffs.get(self.cfg["activation"], 0.0) * self.get_rise()
         return coeff * self.log_scale.exp() if self.cfg["l0"] else coeff
 
-    def steer(self, l0: Float[Tensor, ""]) -> None:
-        """Moves the sparsity coefficient towards the one at which the L0 of a batch comes to cfg["l0"]:
-        proportional and integral control of its logarithm. While the coefficient still rises the aim is
-        l0 / rise, as L0 is about inverse to it; and an error weighs less, as part of it is left from the
-        start. Upwards the proportional part is bounded: 4 log 10 would be a factor of 10,000. The integral
-        is bounded, too: where L0 cannot follow, as in a short run, the penalty would drown the error."""
+    @torch.no_grad()
+    def steer(self, l0: Float[Tensor, ""], skip: Bool[Tensor, ""]) -> None:
+        """Moves the L0 of a batch, unless its step is skipped, towards cfg["l0"]; while the coefficient
+        still rises, towards l0 / rise, and less, as L0 is about inverse to it and partly left from the
+        start. jumprelu: by one factor on all thresholds, which acts at once. Which are higher than others
+        they learn, but to get there by gradients all together takes longer than many a run. relu: by
+        proportional and integral control of the coefficient's logarithm. Upwards the proportional part is
+        bounded: 4 log 10 would be a factor of 10,000; the integral, lest the penalty drowns the error."""
         rise = self.get_rise()
-        error = rise * (l0 * rise / self.cfg["l0"]).clamp(min=0.1, max=10).log()
+        error = ~skip * rise * (l0 * rise / self.cfg["l0"]).clamp(min=0.1, max=10).log()
+        if self.cfg["activation"] == "jumprelu":
+            self.crosscoder.log_threshold += 0.05 * error
+            return
         self.log_integral = (self.log_integral + 20 / self.total_steps * error).clamp(-3, 3)
         self.log_scale = self.log_integral + (4 * error).clamp(max=1.5)
 
@@ -1150,7 +1155,7 @@ class Trainer:
         self.tokens_since_fired += cfg["batch_size"]
         self.tokens_since_fired.masked_fill_(losses.fired > 0, 0)
         if cfg["l0"]:
-            self.steer(losses.l0_loss)
+            self.steer(losses.l0_loss, skip)
         self.step_counter += 1
         return {
             "loss/total": loss.detach(), "loss/l2": losses.l2_loss.detach(),
@@ -1316,7 +1321,8 @@ class Trainer:
             self.find_dead()
         except Exception as error:
             raise bad("resume", str(folder), f"not a run of this version ({error!r:.200})") from None
-        before, self.n_ranks = self.n_ranks, get_ranks()[1]
+        before = self.n_ranks
+        _, self.n_ranks = get_ranks()
         if before == self.n_ranks:
             self.buffer.load_state_dict(select("buffer."))
         else:

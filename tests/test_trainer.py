@@ -96,31 +96,65 @@ def test_outliers_are_few(trainer):
 
 
 # ---- A sparsity that is asked for ----------------------------------------------------------------
-@pytest.mark.parametrize("activation", ["relu", "jumprelu"])
-def test_the_coefficient_rises_while_l0_is_above_its_aim_and_falls_while_below(cfg, models, tokens, activation):
-    trainer = Trainer({**cfg, "activation": activation, "l0": 20.0}, models, tokens[:60])
-    full = {"relu": cfg["l1_coeff"], "jumprelu": cfg["l0_coeff"]}[activation]
+NO = torch.tensor(False)
+
+
+def test_relus_coefficient_rises_while_l0_is_above_its_aim_and_falls_while_below(cfg, models, tokens):
+    trainer = Trainer({**cfg, "activation": "relu", "l0": 20.0}, models, tokens[:60])
+    full = cfg["l1_coeff"]
     trainer.step_counter = trainer.total_steps
     assert float(trainer.get_l1_coeff()) == pytest.approx(full)
     for l0, factor in ((40, 2), (24, 1.2), (20, 1), (10, 0.5)):
         trainer.log_integral.zero_()
-        trainer.steer(torch.tensor(float(l0)))
+        trainer.steer(torch.tensor(float(l0)), NO)
         assert trainer.log_integral.item() == pytest.approx(20 / trainer.total_steps * math.log(factor), abs=1e-6)
         proportional = min(1.5, 4 * math.log(factor))
         assert trainer.log_scale.item() == pytest.approx(20 / trainer.total_steps * math.log(factor) + proportional, abs=1e-6)
         assert float(trainer.get_l1_coeff()) == pytest.approx(full * trainer.log_scale.exp().item())
-    trainer.step_counter = {"relu": 7, "jumprelu": 14}[activation]  # of 40: half of the coefficient is reached
+    trainer.step_counter = 7  # of 40: half of the coefficient is reached
     trainer.log_integral.zero_()
-    trainer.steer(torch.tensor(40.0))
+    trainer.steer(torch.tensor(40.0), NO)
     assert trainer.log_scale.abs() < 1e-6  # so the aim is twice as high
+    trainer.steer(torch.tensor(80.0), ~NO)
+    assert trainer.log_scale.abs() < 1e-6  # skipped
     for l0 in (0.0, math.inf):
         for _ in range(1000):
-            trainer.steer(torch.tensor(l0))
+            trainer.steer(torch.tensor(l0), NO)
         assert 0 < trainer.get_l1_coeff() < math.inf and abs(trainer.log_integral) == 3
-    plain = Trainer({**cfg, "activation": activation}, models, tokens[:60])
-    plain.step_counter = 20
-    plain.log_scale += 1
-    assert plain.get_l1_coeff() == {"relu": full, "jumprelu": full / 2}[activation]  # as published
+
+
+@pytest.mark.parametrize("activation", ["relu", "jumprelu"])
+def test_without_an_l0_the_coefficient_is_as_published(cfg, models, tokens, activation):
+    trainer = Trainer({**cfg, "activation": activation}, models, tokens[:60])
+    trainer.step_counter = 20  # of 40
+    trainer.log_scale += 1
+    assert trainer.get_l1_coeff() == {"relu": cfg["l1_coeff"], "jumprelu": cfg["l0_coeff"] / 2}[activation]
+
+
+def test_jumprelus_thresholds_rise_by_one_factor_while_l0_is_above_its_aim(cfg, models, tokens):
+    trainer = Trainer({**cfg, "activation": "jumprelu", "l0": 20.0}, models, tokens[:60])
+    trainer.crosscoder.log_threshold.data.uniform_(-1, 1)
+    before = trainer.crosscoder.log_threshold.detach().clone()
+    for step, l0, skip, moved in (
+            (40, 40.0, NO, math.log(2)), (40, 10.0, NO, -math.log(2)), (40, 40.0, ~NO, 0), (7, 40.0, NO, 0),
+            (7, 80.0, NO, math.log(2) / 2), (0, 40.0, NO, 0), (40, 0.0, NO, -math.log(10)), (40, math.inf, NO, math.log(10))):
+        trainer.step_counter = step
+        trainer.crosscoder.log_threshold.data.copy_(before)
+        trainer.steer(torch.tensor(l0), skip)
+        assert torch.allclose(trainer.crosscoder.log_threshold - before, torch.tensor(0.05 * moved), atol=1e-6), (step, l0)
+    trainer.step_counter = 40
+    assert float(trainer.get_l1_coeff()) == pytest.approx(cfg["l0_coeff"])
+
+
+@pytest.mark.parametrize("factor", [0.1, 1, 10])
+def test_jumprelu_meets_its_l0_in_a_short_run(cfg, models, tokens, factor):
+    """In 200 steps of 1e-3 Adam moves log_threshold by 0.2 at most: with the coefficient steered in place of the thresholds,
+    L0 ended at 63, 65 and 69."""
+    cfg = {**cfg, "activation": "jumprelu", "l0": 12.0, "lr": 1e-3, "num_tokens": 256 * 200, "batch_size": 256}
+    trainer = Trainer({**cfg, "l0_coeff": 0.15 * factor}, models, tokens[:600])
+    for _ in range(trainer.total_steps):
+        trainer.step()
+    assert trainer.evaluate()["sparsity/l0"] == pytest.approx(12, rel=0.05)
 
 
 def test_relu_starts_calibrated_only_where_an_l0_is_given(cfg, models, tokens):
@@ -132,8 +166,9 @@ def test_relu_starts_calibrated_only_where_an_l0_is_given(cfg, models, tokens):
     assert fvus[1] < 0.9 < 1 < fvus[0]
 
 
-def test_what_the_coefficient_has_come_to_is_resumed(cfg, models, tokens):
-    cfg = {**cfg, "l0": 20.0}
+@pytest.mark.parametrize("activation, name", [("relu", "b_enc"), ("jumprelu", "log_threshold")])
+def test_what_steering_has_come_to_is_resumed(cfg, models, tokens, activation, name):
+    cfg = {**cfg, "activation": activation, "l0": 20.0}
     one, other = Trainer(cfg, models, tokens[:60]), Trainer(cfg, models, tokens[:60])
     wanted = [one.step() for _ in range(12)][-1]
     for _ in range(9):
@@ -141,9 +176,11 @@ def test_what_the_coefficient_has_come_to_is_resumed(cfg, models, tokens):
     path = str(other.save())
     other.lock.release()
     resumed = Trainer({**cfg, "resume": path}, models, tokens[:60])
-    assert resumed.log_scale == other.log_scale != 0
+    assert resumed.log_scale == other.log_scale
+    assert (other.log_scale != 0) == (activation == "relu")
     metrics = [resumed.step() for _ in range(3)][-1]
     assert metrics["loss/l1_coeff"] == wanted["loss/l1_coeff"] and torch.equal(one.crosscoder.W_enc, resumed.crosscoder.W_enc)
+    assert torch.equal(getattr(one.crosscoder, name), getattr(resumed.crosscoder, name))
 
 
 # ---- From old weights ----------------------------------------------------------------------------

@@ -121,8 +121,8 @@ TRIALS = {
         ("jumprelu, l0=54", JUMP_54, None)],
     "smollm2_outliers": [("left out", K_54, None), ("left in", K_54 | {"outlier_norm": 0}, None)],
     "smollm2_l0": [
-        *[(f"relu, l0=54, l1_coeff={n:g}", RELU_54 | {"l1_coeff": n}, None) for n in (0.2, 20)],
-        *[(f"jumprelu, l0=54, l0_coeff={n:g}", JUMP_54 | {"l0_coeff": n}, None) for n in (0.06, 6)]],
+        *[(f"relu, l0=54, l1_coeff={n:g}", RELU_54 | {"l1_coeff": n}, None) for n in (0.2, 2, 20)],
+        *[(f"jumprelu, l0=54, l0_coeff={n:g}", JUMP_54 | {"l0_coeff": n}, None) for n in (0.06, 0.6, 6)]],
     "at_size": [("batchtopk", K | {"k": 64}, None), ("jumprelu", JUMP | {"l0": 64, "l0_coeff": 1}, None)],
 }
 
