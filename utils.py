@@ -1031,7 +1031,7 @@ class Trainer:
         self.is_dead = torch.zeros_like(self.crosscoder.b_enc, dtype=torch.uint8)  # for AuxK to revive
         self.dead: Int[Tensor, "n_dead"] | None = None  # their numbers, for get_losses
         self.log_integral = torch.zeros((), device=cfg["device"])  # see steer
-        self.log_scale = torch.zeros((), device=cfg["device"])  # of the sparsity coefficient
+        self.log_scale = torch.zeros((), device=cfg["device"])  # of relu's sparsity coefficient
         self.steps_skipped = torch.zeros((), device=cfg["device"])
         self.skipped_in_a_row = torch.zeros((), device=cfg["device"])
         self.history: list[dict] = []  # all that was logged
@@ -1088,34 +1088,39 @@ class Trainer:
         return self.cfg["lr"] * max(0.0, min(1.0, warm_up, decay))
 
     def get_rise(self) -> float:
-        """The share of the sparsity coefficient that is reached. relu: up over the first 5% of the steps,
-        then flat [A24]. jumprelu: up over all [J25]. With an l0 both have 35%, as L0 has to follow."""
+        """The share of the sparsity coefficient that is reached. relu: from 0 to 1 over the first 5% of the
+        steps [A24]. jumprelu: over all steps [J25]. With an l0: over 35%; of jumprelu from where l0 / rise,
+        which steer aims at, is the L0 that it is calibrated to."""
+        start = 0.0
         span = 0.05 if self.cfg["activation"] == "relu" else 1.0
         if self.cfg["l0"]:
             span = 0.35
-        return min(1.0, self.step_counter / self.total_steps / span)
+            if self.cfg["activation"] == "jumprelu":
+                start = 10 * self.cfg["l0"] / self.cfg["dict_size"]
+        return min(1.0, max(start, self.step_counter / self.total_steps / span))
 
     def get_l1_coeff(self) -> float | Tensor:
-        """The coefficient of the sparsity penalty; with an l0 a tensor, scaled by what steer has found."""
+        """The sparsity penalty's coefficient; with an l0 a tensor, relu's scaled by what steer has found."""
         coeffs = {"relu": self.cfg["l1_coeff"], "jumprelu": self.cfg["l0_coeff"]}
         coeff = coeffs.get(self.cfg["activation"], 0.0) * self.get_rise()
         return coeff * self.log_scale.exp() if self.cfg["l0"] else coeff
 
     @torch.no_grad()
     def steer(self, l0: Float[Tensor, ""], skip: Bool[Tensor, ""]) -> None:
-        """Moves the L0 of a batch, unless its step is skipped, towards cfg["l0"]; while the coefficient
-        still rises, towards l0 / rise, and less, as L0 is about inverse to it and partly left from the
-        start. jumprelu: by one factor on all thresholds, which acts at once. Which are higher than others
-        they learn, but to get there by gradients all together takes longer than many a run. relu: by
-        proportional and integral control of the coefficient's logarithm. Upwards the proportional part is
-        bounded: 4 log 10 would be a factor of 10,000; the integral, lest the penalty drowns the error."""
+        """After a batch with this L0, moves what L0 depends on, unless skip, so that it comes nearer to
+        cfg["l0"] / rise: while the coefficient rises, L0 falls. At first, when L0 is still what the start has
+        left, it moves less. jumprelu: all thresholds, by one factor. Adam, which moves them by its rate a
+        step at most, would take too long in a short run; what they learn by it is which are higher. relu: the
+        coefficient, by proportional and integral control of its logarithm. The first is bounded upwards, as
+        4 log 10 would be a factor of 10,000; the second both ways, lest the penalty drown the squared error."""
         rise = self.get_rise()
         error = ~skip * rise * (l0 * rise / self.cfg["l0"]).clamp(min=0.1, max=10).log()
         if self.cfg["activation"] == "jumprelu":
             self.crosscoder.log_threshold += 0.05 * error
             return
         self.log_integral = (self.log_integral + 20 / self.total_steps * error).clamp(-3, 3)
-        self.log_scale = self.log_integral + (4 * error).clamp(max=1.5)
+        log_scale = self.log_integral + (4 * error).clamp(max=1.5)
+        self.log_scale = torch.where(skip, self.log_scale, log_scale)
 
     def get_k(self) -> int:
         """topk, batchtopk: from 8 k down to k over the first 5% of the steps."""

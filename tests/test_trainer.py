@@ -115,8 +115,9 @@ def test_relus_coefficient_rises_while_l0_is_above_its_aim_and_falls_while_below
     trainer.log_integral.zero_()
     trainer.steer(torch.tensor(40.0), NO)
     assert trainer.log_scale.abs() < 1e-6  # so the aim is twice as high
+    trainer.log_scale += 0.5
     trainer.steer(torch.tensor(80.0), ~NO)
-    assert trainer.log_scale.abs() < 1e-6  # skipped
+    assert trainer.log_scale == 0.5 and trainer.log_integral.abs() < 1e-6  # skipped
     for l0 in (0.0, math.inf):
         for _ in range(1000):
             trainer.steer(torch.tensor(l0), NO)
@@ -136,8 +137,10 @@ def test_jumprelus_thresholds_rise_by_one_factor_while_l0_is_above_its_aim(cfg, 
     trainer.crosscoder.log_threshold.data.uniform_(-1, 1)
     before = trainer.crosscoder.log_threshold.detach().clone()
     for step, l0, skip, moved in (
-            (40, 40.0, NO, math.log(2)), (40, 10.0, NO, -math.log(2)), (40, 40.0, ~NO, 0), (7, 40.0, NO, 0),
-            (7, 80.0, NO, math.log(2) / 2), (0, 40.0, NO, 0), (40, 0.0, NO, -math.log(10)), (40, math.inf, NO, math.log(10))):
+            (40, 40.0, NO, math.log(2)), (40, 10.0, NO, -math.log(2)), (40, 40.0, ~NO, 0),
+            (40, 0.0, NO, -math.log(10)), (40, math.inf, NO, math.log(10)),
+            (11.2, 25.0, NO, 0), (11.2, 50.0, NO, 0.8 * math.log(2)),  # of 40: 0.8 of the coefficient is reached
+            (0, 25.6, NO, 0)):  # a tenth of 256, which is what calibrate leaves
         trainer.step_counter = step
         trainer.crosscoder.log_threshold.data.copy_(before)
         trainer.steer(torch.tensor(l0), skip)
@@ -277,7 +280,8 @@ class Waits(TorchDispatchMode):
 @pytest.mark.parametrize("dict_size", [256, 1024])  # topk and batchtopk decode densely, and sparsely
 @pytest.mark.parametrize("activation", ["relu", "topk", "batchtopk", "jumprelu"])
 def test_a_step_waits_for_nothing(activation, dict_size, cfg, models, tokens, monkeypatch):
-    cfg = cfg | {"activation": activation, "dict_size": dict_size, "k": 8, "aux_coeff": 1 / 32}
+    l0 = 20.0 if activation in ("relu", "jumprelu") else 0.0
+    cfg = cfg | {"activation": activation, "dict_size": dict_size, "k": 8, "aux_coeff": 1 / 32, "l0": l0}
     trainer = Trainer(cfg, models, tokens[:60])
     trainer.step()  # looks which latents are dead, as each hundredth does
     trainer.dead = torch.arange(20)
