@@ -63,7 +63,7 @@ KEYS = {  # key: (default, comment); default_cfg and --help are made of this
     "dec_init_norm": (0.005, "relu: initial norm of each latent's decoder vector at each source"),
     "l1_coeff": (2.0, "relu: sparsity penalty after its warm-up"),
     "k": (64, "topk, batchtopk: active latents a token, for batchtopk on average; 8 k at first"),
-    "l0": (0.0, "relu, jumprelu: active latents a token to aim at; l1_coeff is then the start, l0_coeff minor"),
+    "l0": (0.0, "relu, jumprelu: active latents a token to aim at; their coefficients then matter less"),
     "l0_coeff": (5.0, "jumprelu: sparsity penalty at the end of training, from 0 at its beginning"),
     "init_from": ("", "a run's folder or hub name: begin with its weights, normalisation and thresholds"),
     "n_shared": (0, "several models: latents, the first, that write the same to all of them [F25]"),
