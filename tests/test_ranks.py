@@ -103,7 +103,7 @@ def twenty_steps(argv):
     for activation, dtype in itertools.product(ACTIVATIONS, [torch.float32, torch.float64]):
         cfg = make_cfg(preset="diff-tiny", activation=activation, dict_size=argv[0], enc_dtype="fp32", device=DEVICE) | {
             "k": 8, "batch_size": 64, "num_tokens": 64 * 400, "n_shared": 20, "n_exclusive": 30, "aux_coeff": 1 / 32,
-            "dead_after": 5 * 64, "lr": 2e-4}
+            "dead_after": 5 * 64, "lr": 2e-4, "l0": 30.0 if activation == "jumprelu" else 0.0}
         trainer = Trainer(cfg, [], torch.zeros(100, 128))
         crosscoder = trainer.crosscoder.to(dtype)
         crosscoder.dtype = dtype
