@@ -64,7 +64,7 @@ KEYS = {  # key: (default, comment); default_cfg and --help are made of this
     "l1_coeff": (2.0, "relu: sparsity penalty after its warm-up"),
     "k": (64, "topk, batchtopk: active latents a token, for batchtopk on average; 8 k at first"),
     "l0": (0.0, "relu, jumprelu: active latents a token to aim at; their coefficients then matter less"),
-    "l0_coeff": (5.0, "jumprelu: sparsity penalty at the end of training, from 0 at its beginning"),
+    "l0_coeff": (5.0, "jumprelu: sparsity penalty at the end of training, with an l0 after 35% of it"),
     "init_from": ("", "a run's folder or hub name: begin with its weights, normalisation and thresholds"),
     "n_shared": (0, "several models: latents, the first, that write the same to all of them [F25]"),
     "shared_penalty": (0.1, "relu, jumprelu: share of the sparsity penalty that these pay"),
