@@ -98,7 +98,8 @@ def get_drives(crosscoder: CrossCoder, batches, mean: Tensor) -> Float[Tensor, "
     activation. (Set to 0, a source would also take its share of the bias away.) After functional
     coherence, fmxcoders, May 2026. Takes 256 x d_sae x (n_layers + 4) floats."""
     y_mean = crosscoder.normalise(mean.float().to(crosscoder.b_dec.device))
-    base = einops.einsum(y_mean, crosscoder.W_enc, "l d_model, l d_model d_sae -> d_sae") + crosscoder.b_enc
+    product = einops.einsum(y_mean - crosscoder.mean, crosscoder.W_enc, "l d_model, l d_model d_sae -> d_sae")
+    base = product + crosscoder.b_enc
     changes = squares = 0
     for y in (crosscoder.normalise(rows.float()) for x in batches for rows in x.split(256)):
         # h is a sum over sources: each is computed once, and taken out of the whole in its turn.
@@ -537,10 +538,11 @@ def fold(crosscoder: CrossCoder) -> dict[str, Tensor]:
     """Plain weights for raw activations: h = x . W_enc + b_enc, acts = h * (h > thresholds), with topk only
     the k largest h * decoder_norms of them, x_hat = acts . W_dec + b_dec."""
     factor = crosscoder.norm_factor[:, None]  # [n_layers, 1]
+    product = einops.einsum(crosscoder.mean, crosscoder.W_enc, "l d_model, l d_model d_sae -> d_sae")
     return {
         "W_enc": crosscoder.W_enc / factor[..., None],
         "W_dec": crosscoder.W_dec * factor,
-        "b_enc": crosscoder.b_enc.clone(),
+        "b_enc": crosscoder.b_enc - product,
         "b_dec": crosscoder.b_dec * factor,
         "thresholds": crosscoder.get_thresholds(),
         "decoder_norms": crosscoder.get_decoder_norms(),

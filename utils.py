@@ -282,6 +282,7 @@ class CrossCoder(nn.Module):
         super().__init__()
         self.cfg = cfg
         self.activation = cfg["activation"]
+        self.as_published = cfg["activation"] == "relu" and not cfg["l0"]  # how it starts
         self.dtype = DTYPES[cfg["enc_dtype"]]
         self.n_models = len(cfg["model_name"])
         # decode_chosen is sparse where d_sae is at least this many times k; on a GPU as predicted.
@@ -312,6 +313,7 @@ class CrossCoder(nn.Module):
             self.log_threshold: Float[Tensor, "d_sae"] = nn.Parameter(log_threshold)
         norm = cfg["norm"] or [1.0] * n_layers
         self.norm_factor: Float[Tensor, "n_layers"] = nn.Buffer(torch.tensor(norm))
+        self.mean: Float[Tensor, "n_layers d_model"] = nn.Buffer(torch.zeros(n_layers, d_model))  # of y
         self.threshold: Float[Tensor, ""] = nn.Buffer(torch.zeros(()))  # batchtopk's
         self.penalty: Float[Tensor, "d_sae"] = nn.Buffer(torch.ones(d_sae), persistent=False)
         self.penalty[: max(0, cfg["n_shared"] - self.first)] = cfg["shared_penalty"]
@@ -353,8 +355,10 @@ class CrossCoder(nn.Module):
         return x / self.norm_factor[:, None]
 
     def get_pre_acts(self, y: Resids) -> Acts:
-        """h = y . W_enc + b_enc, summed over n_layers and d_model, in the compute type."""
-        rows = y.reshape(-1, self.b_dec.numel()).to(self.dtype)  # [rows, n_layers * d_model]
+        """h = (y - mean) . W_enc + b_enc, summed over n_layers and d_model, in the compute type. If W_enc saw
+        the mean, each step that it learns from one row would move h on all, and many latents would end
+        below 0 for good: tests/RESULTS.md, At size."""
+        rows = (y - self.mean).reshape(-1, self.b_dec.numel()).to(self.dtype)  # [rows, n_layers * d_model]
         h, _ = Product.apply(rows, self.W_enc.flatten(0, 1))
         h = h + self.b_enc.to(self.dtype)
         return h.view(*y.shape[:-2], self.b_enc.numel())
@@ -498,19 +502,20 @@ class CrossCoder(nn.Module):
     # ---- CrossCoder: what is fitted to activations rather than learnt
     @torch.no_grad()
     def calibrate(self, x: Resids) -> None:
-        """Starts with FVU below 1, but for relu without an l0, which starts as published. Sets the scale
-        of W_enc, b_enc and b_dec on these raw activations."""
-        if self.activation == "relu" and not self.cfg["l0"]:
+        """Starts with FVU below 1, but for relu without an l0, which starts as published. Sets mean, b_dec,
+        b_enc and the scale of W_enc on these raw activations."""
+        if self.as_published:
             return
-        # b_enc: puts a latent's mean product with y at its threshold, which is 0 so far; or, with
-        # jumprelu, the product that a tenth of the rows exceed.
+        # b_enc: 0, which is the threshold so far, as is a latent's mean product with y - mean; with jumprelu
+        # it puts the product that a tenth of the rows exceed at its threshold.
         y = self.normalise(x)
-        self.b_dec.copy_(y.mean(0))
-        h = self.get_pre_acts(y).float()
-        level = h.mean(0)
-        if self.activation == "jumprelu":
-            level = h.topk(math.ceil(len(h) / 10), dim=0).values[-1]
+        self.mean.copy_(y.mean(0))
+        self.b_dec.copy_(self.mean)
         thresholds = self.get_thresholds()
+        level = thresholds
+        if self.activation == "jumprelu":
+            h = self.get_pre_acts(y).float()
+            level = h.topk(math.ceil(len(h) / 10), dim=0).values[-1]
         self.b_enc.copy_(thresholds - level)
         self.fit_threshold(x)
 
@@ -552,7 +557,7 @@ class CrossCoder(nn.Module):
         weights = parent.state_dict()
         if parent.n_models == 1:
             found["n_models"] = self.n_models
-            for key, axis in (("W_enc", 0), ("W_dec", 1), ("b_dec", 0), ("norm_factor", 0)):
+            for key, axis in (("W_enc", 0), ("W_dec", 1), ("b_dec", 0), ("norm_factor", 0), ("mean", 0)):
                 weights[key] = torch.cat([weights[key]] * self.n_models, axis)
             weights["W_enc"] /= self.n_models
             weights["threshold"] = weights["threshold"] * self.n_models  # as decoder norms are summed
@@ -601,6 +606,7 @@ class CrossCoder(nn.Module):
                 cfg = {key: cfg[key] for key in cfg if key not in ("loss_weights", "ignore_tokens")}
             weights = safetensors.torch.load_file(folder / "crosscoder.safetensors")
             n_layers, d_model, d_sae = weights["W_enc"].shape
+            weights.setdefault("mean", torch.zeros(n_layers, d_model))  # an earlier version has none
             is_finite = all(weight.isfinite().all() for weight in weights.values())
             if not is_finite or not weights["norm_factor"].min() > 0 or weights["W_enc"].numel() == 0:
                 raise ValueError("weights are not finite, none, or divided by 0")
@@ -898,7 +904,7 @@ def flush(path: Path) -> None:
 
 def get_axis(name: str, tensor: Tensor) -> int | None:
     """Along which axis the ranks share a checkpoint's tensor; None where each has all of it."""
-    if get_ranks()[1] == 1 or tensor.ndim == 0 or name == "norm_factor" or "b_dec" in name:
+    if get_ranks()[1] == 1 or tensor.ndim == 0 or name in ("norm_factor", "mean") or "b_dec" in name:
         return None
     return 2 if "W_enc" in name else 0
 
@@ -1022,9 +1028,14 @@ class Trainer:
         self.buffer = buffer or Buffer(cfg | share, models, tokens)
         n_layers, d_model = self.buffer.buffer.shape[1:]
         self.crosscoder = CrossCoder({**cfg, "resume": ""}, n_layers, d_model)  # its cfg.json is for anyone
-        # unlike [J25]: thresholds learn at the full rate, or in a short run they hardly move
-        self.optimizer = torch.optim.Adam(
-            self.crosscoder.parameters(), cfg["lr"], betas=(cfg["beta1"], cfg["beta2"]), fused=True)
+        # Adam moves any number by its rate at most. unlike [J25]: thresholds learn at the full rate, or in a
+        # short run they hardly move; and b_enc moves h about as fast as all that a latent has in W_enc does.
+        weights = dict(self.crosscoder.named_parameters())
+        scales = dict.fromkeys(weights, 1.0)
+        if not self.crosscoder.as_published:
+            scales["b_enc"] = math.sqrt(n_layers * d_model)
+        groups = [{"params": [weights[name]], "scale": scales[name]} for name in weights]
+        self.optimizer = torch.optim.Adam(groups, cfg["lr"], betas=(cfg["beta1"], cfg["beta2"]), fused=True)
         self.step_counter = 0
         self.total_steps = cfg["num_tokens"] // cfg["batch_size"]
         self.tokens_since_fired = torch.zeros_like(self.crosscoder.b_enc, dtype=torch.long)
@@ -1152,7 +1163,8 @@ class Trainer:
         grad_norms = [p.grad.norm(dim=-1) for name, p in parameters if name != "b_dec" or self.rank == 0]
         grad_norm = sum_ranks(nn.utils.get_total_norm(grad_norms).square()).sqrt()
         skip = ~(loss.detach() + grad_norm).isfinite() | (self.skipped_in_a_row >= MOST_SKIPPED)
-        self.optimizer.param_groups[0]["lr"] = lr
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr * group["scale"]
         step_adam(self.optimizer, grad_norm, skip.float())
 
         self.steps_skipped = self.steps_skipped + skip  # not in place, as the metrics hold it

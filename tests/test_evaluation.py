@@ -2,6 +2,7 @@ import json
 import math
 
 import pytest
+import safetensors.torch
 import torch
 
 import utils
@@ -187,7 +188,7 @@ def test_position_0_is_left_out_of_the_rows(models, held_out, cfg):
 
 def write_as_earlier_versions(folder):
     """Has a checkpoint's cfg.json as they wrote it, and the manifest say so: a list is text, norm a word, what the
-    activation does not use is left out, and there are two keys more."""
+    activation does not use is left out, and there are two keys more; and its weights without mean, which was 0."""
     file = folder / "cfg.json"
     cfg = json.loads(file.read_text())
     for key, value in cfg.items():
@@ -200,8 +201,12 @@ def write_as_earlier_versions(folder):
     if not cfg["n_shared"]:
         cfg.pop("shared_penalty", None)
     file.write_text(json.dumps(cfg, indent=2) + "\n")
+    weights = folder / "crosscoder.safetensors"
+    state = safetensors.torch.load_file(weights)
+    assert not state.pop("mean").any()
+    safetensors.torch.save_file(state, weights)
     manifest = json.loads((folder / "manifest.json").read_text())
-    manifest["cfg.json"] = get_identity(file)
+    manifest |= {path.name: get_identity(path) for path in (file, weights)}
     (folder / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n")
 
 
@@ -216,6 +221,7 @@ def test_a_checkpoint_of_an_earlier_version_evaluates_the_same(cfg, held_out, tm
     crosscoder = CrossCoder(cfg, *x.shape[1:])
     crosscoder.norm_factor.copy_(torch.linspace(0.5, 2, x.shape[1]))
     crosscoder.calibrate(x)
+    crosscoder.mean.zero_()
     crosscoder.save(tmp_path / "step_0000001")
     write_as_earlier_versions(tmp_path / "step_0000001")
     loaded = CrossCoder.load(tmp_path)

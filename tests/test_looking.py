@@ -57,6 +57,7 @@ def test_drives_are_changes_of_what_encode_gives(activation):
     crosscoder = crosscoder_for(activation, torch.randn(3, 5, 40, generator=generator), **({"k": 6} if "topk" in activation else {}))
     crosscoder.b_enc.data = torch.randn(40, generator=generator)
     crosscoder.norm_factor.copy_(torch.tensor([1.0, 2.0, 3.0]))
+    crosscoder.mean.copy_(0.3 * torch.randn(3, 5, generator=generator))
     crosscoder.threshold.fill_(0.02)
     x = torch.randn(500, 3, 5, generator=generator) + 1
     drives = SCRATCH["get_drives"](crosscoder, [x], x.mean(0))

@@ -25,6 +25,7 @@ def crosscoder_for(activation, n_layers=3, d_model=5, dict_size=12, **overrides)
     for name, parameter in crosscoder.named_parameters():
         parameter.data += (0.1 if name == "log_threshold" else 0.4) * torch.randn(parameter.shape, generator=generator)
     crosscoder.norm_factor.copy_(torch.linspace(0.5, 3, n_layers))
+    crosscoder.mean.copy_(0.3 * torch.randn(n_layers, d_model, generator=generator))
     return crosscoder
 
 
@@ -32,12 +33,12 @@ def data(rows, n_layers=3, d_model=5, seed=2):
     return 2 * torch.randn(rows, n_layers, d_model, generator=torch.Generator().manual_seed(seed))
 
 
-def slow_losses(activation, weights, norm_factor, x, k):
+def slow_losses(activation, weights, norm_factor, mean, x, k):
     """The formulas latent by latent. -> l2, l1, aux as float64, and the active (row, latent)"""
     W_enc, W_dec, b_enc, b_dec = weights[:4]
     n_layers, d_model, d_sae = W_enc.shape
     y = x / norm_factor[:, None]
-    h = [[b_enc[i] + sum(y[row, l] @ W_enc[l, :, i] for l in range(n_layers)) for i in range(d_sae)] for row in range(len(x))]
+    h = [[b_enc[i] + sum((y - mean)[row, l] @ W_enc[l, :, i] for l in range(n_layers)) for i in range(d_sae)] for row in range(len(x))]
     norms = [sum(W_dec[i, l].pow(2).sum().sqrt() for l in range(n_layers)) for i in range(d_sae)]
     scores = {(row, i): max(0.0, (h[row][i] * norms[i]).item()) for row in range(len(x)) for i in range(d_sae)}
     if activation == "topk":
@@ -74,7 +75,8 @@ def slow_losses(activation, weights, norm_factor, x, k):
 def test_losses_and_gradients_equal_a_slow_loop_in_float64(activation, overrides):
     crosscoder, x = crosscoder_for(activation, **overrides), data(9)
     slow = [parameter.detach().double().requires_grad_() for parameter in crosscoder.parameters()]
-    *wanted, kept = slow_losses(activation, slow, crosscoder.norm_factor.double(), x.double(), crosscoder.cfg["k"])
+    factor, mean = crosscoder.norm_factor.double(), crosscoder.mean.double()
+    *wanted, kept = slow_losses(activation, slow, factor, mean, x.double(), crosscoder.cfg["k"])
     penalty = 0 if "topk" in activation else 3  # which has no gradient there
     (wanted[0] + penalty * wanted[1] + 1e5 * wanted[2]).backward()
     losses = crosscoder.get_losses(x)
@@ -91,10 +93,10 @@ def test_aux_k_and_its_gradients_equal_a_slow_loop_in_float64(activation):
     crosscoder, x = crosscoder_for(activation, aux_coeff=0.3), data(9)
     slow = [parameter.detach().double().requires_grad_() for parameter in crosscoder.parameters()]
     W_enc, W_dec, b_enc, b_dec = slow[:4]
-    factor, dead = crosscoder.norm_factor.double(), [1, 4, 5, 7, 10]
-    _, _, wanted, kept = slow_losses(activation, slow, factor, x.double(), crosscoder.cfg["k"])
+    factor, mean, dead = crosscoder.norm_factor.double(), crosscoder.mean.double(), [1, 4, 5, 7, 10]
+    _, _, wanted, kept = slow_losses(activation, slow, factor, mean, x.double(), crosscoder.cfg["k"])
     y = x.double() / factor[:, None]
-    h = torch.einsum("bld,lds->bs", y, W_enc) + b_enc
+    h = torch.einsum("bld,lds->bs", y - mean, W_enc) + b_enc
     is_kept = torch.zeros(9, 12, dtype=torch.float64)
     for place in kept:
         is_kept[place] = 1
@@ -131,6 +133,7 @@ def test_calibrate_scales_by_least_squares_and_leaves_no_mean_error():
     scale = ((y - y.mean(0)) * y_hat).sum() / y_hat.pow(2).sum()
     crosscoder.calibrate(x)
     assert torch.allclose(crosscoder.W_enc, scale * before, rtol=1e-3)
+    assert torch.equal(crosscoder.mean, y.mean(0)) and not crosscoder.b_enc.any()
     assert torch.allclose(crosscoder.get_pre_acts(y).mean(0), torch.zeros(40), atol=1e-4)
     assert torch.allclose(crosscoder(x).mean(0), x.mean(0), atol=1e-4)
 
@@ -198,7 +201,7 @@ def test_topk_keeps_k_a_row_and_batchtopk_k_a_row_on_average():
 @pytest.mark.parametrize("activation", ALL)
 def test_a_row_does_not_depend_on_the_batch_it_is_in(activation):
     crosscoder, x = crosscoder_for(activation), data(40)
-    crosscoder.fit_threshold(x)
+    crosscoder.fit_threshold(data(100, seed=3))
     acts = crosscoder.encode(x)
     assert acts.any() and torch.allclose(torch.cat([crosscoder.encode(row[None]) for row in x]), acts, atol=1e-6)
     assert torch.equal(crosscoder.encode(x.view(4, 10, 3, 5)), acts.view(4, 10, -1))
@@ -207,7 +210,7 @@ def test_a_row_does_not_depend_on_the_batch_it_is_in(activation):
 @pytest.mark.parametrize("activation", ALL)
 def test_scaling_an_encoder_up_and_its_decoder_down_changes_no_score(activation):
     crosscoder, x = crosscoder_for(activation), data(40)
-    crosscoder.fit_threshold(x)
+    crosscoder.fit_threshold(data(100, seed=3))
     losses = crosscoder.get_losses(x)
     scores, x_hat = crosscoder.encode(x) * crosscoder.get_decoder_norms(), crosscoder(x)
     c = torch.linspace(0.2, 5, 12)

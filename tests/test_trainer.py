@@ -164,7 +164,7 @@ def test_relu_starts_calibrated_only_where_an_l0_is_given(cfg, models, tokens):
     fvus = []
     for l0 in (0.0, 20.0):
         trainer = Trainer({**cfg, "activation": "relu", "l0": l0}, models, tokens[:60])
-        assert (trainer.crosscoder.b_enc == 0).all() == (l0 == 0)
+        assert (trainer.crosscoder.mean == 0).all() == (l0 == 0)
         fvus.append(trainer.crosscoder.get_losses(trainer.peek()).fvu.item())
     assert fvus[1] < 0.9 < 1 < fvus[0]
 
@@ -247,7 +247,7 @@ def test_a_step_is_adam_on_gradients_clipped_to_a_norm_of_one(trainer):
 
 def test_a_gradient_shorter_than_one_is_left_as_it_is(trainer):
     """And not stretched to a norm of 1. Adam, on its own, hides a constant scale; not so its epsilon."""
-    trainer.optimizer = torch.optim.Adam(trainer.crosscoder.parameters(), 1e-3, eps=1.0, fused=True)
+    trainer.optimizer = torch.optim.Adam([{"params": trainer.crosscoder.parameters(), "scale": 1.0}], eps=1.0, fused=True)
     x = trainer.buffer.next()
     trainer.buffer.next = lambda: 1e-3 * x + trainer.crosscoder.b_dec.detach()
     plain = copy.deepcopy(trainer.crosscoder)

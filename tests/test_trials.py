@@ -64,6 +64,20 @@ def test_the_quadratic_loss_is_that_of_l0(tmp_path):
     assert trainer.get_l1_coeff() == 30
 
 
+def test_without_the_mean_taken_out_a_crosscoder_starts_the_same_and_learns_otherwise(tmp_path):
+    one, other = (make_trainer(tmp_path, **trials.JUMP) for _ in range(2))
+    trials.see_mean(other)
+    x = one.buffer.next()
+    assert not other.crosscoder.mean.any() and torch.allclose(other.crosscoder(x), one.crosscoder(x), rtol=1e-4, atol=1e-3)
+    before = one.crosscoder.b_enc.clone()
+    other.crosscoder.b_enc.data.copy_(before)
+    for trainer in (one, other):
+        trainer.step_counter = 10
+        trainer.step(x)
+    steps = [(trainer.crosscoder.b_enc - before).abs().median() for trainer in (one, other)]
+    assert steps[0] / steps[1] == pytest.approx((4 * 128) ** 0.5, rel=0.01)
+
+
 def test_half_batches_are_twice_as_many_steps_on_the_same_rows(monkeypatch):
     trainers = []
 

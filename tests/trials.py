@@ -54,10 +54,29 @@ def split_batches(trainer: Trainer, parts: int) -> None:
     trainer.total_steps = trainer.cfg["num_tokens"] // batch_size
 
 
+def slow_bias(trainer: Trainer) -> None:
+    """b_enc learns at the rate of all else."""
+    for group in trainer.optimizer.param_groups:
+        group["scale"] = 1.0
+
+
+def see_mean(trainer: Trainer) -> None:
+    """W_enc sees y as it is [O24], and b_enc learns at the rate of all else."""
+    crosscoder = trainer.crosscoder
+    with torch.no_grad():
+        crosscoder.b_enc -= (crosscoder.mean[..., None] * crosscoder.W_enc).sum((0, 1))
+    crosscoder.mean.zero_()
+    slow_bias(trainer)
+
+
 def calibrate(trainer: Trainer) -> None:
-    """relu without an l0 starts with biases and scale fitted to the first rows, too."""
-    trainer.crosscoder.cfg = {**trainer.crosscoder.cfg, "l0": 1.0}
-    trainer.crosscoder.calibrate(trainer.peek())
+    """relu without an l0 starts with mean, biases and scale fitted to the first rows, too."""
+    crosscoder = trainer.crosscoder
+    crosscoder.as_published = False
+    crosscoder.calibrate(trainer.peek())
+    for group in trainer.optimizer.param_groups:
+        if group["params"][0] is crosscoder.b_enc:
+            group["scale"] = crosscoder.mean.numel() ** 0.5
 
 
 def aim_by_loss(trainer: Trainer, weight: float) -> None:
@@ -123,6 +142,9 @@ TRIALS = {
     "smollm2_l0": [
         *[(f"relu, l0=54, l1_coeff={n:g}", RELU_54 | {"l1_coeff": n}, None) for n in (0.2, 2, 20)],
         *[(f"jumprelu, l0=54, l0_coeff={n:g}", JUMP_54 | {"l0_coeff": n}, None) for n in (0.06, 0.6, 6)]],
+    "mean": [
+        (f"{keys['activation']}{said}", keys, change) for keys in (K, JUMP, RELU)
+        for said, change in (("", None), (", b_enc as slow as all else", slow_bias), (", and W_enc sees the mean", see_mean))],
     "at_size": [("batchtopk", K | {"k": 64}, None), ("jumprelu", JUMP | {"l0": 64, "l0_coeff": 1}, None)],
 }
 
