@@ -282,7 +282,8 @@ class CrossCoder(nn.Module):
         super().__init__()
         self.cfg = cfg
         self.activation = cfg["activation"]
-        self.as_published = cfg["activation"] == "relu" and not cfg["l0"]  # how it starts
+        # How it starts, and how fast b_enc learns; an earlier version's cfg has no l0.
+        self.as_published = cfg["activation"] == "relu" and not cfg.get("l0")
         self.dtype = DTYPES[cfg["enc_dtype"]]
         self.n_models = len(cfg["model_name"])
         # decode_chosen is sparse where d_sae is at least this many times k; on a GPU as predicted.
@@ -313,7 +314,7 @@ class CrossCoder(nn.Module):
             self.log_threshold: Float[Tensor, "d_sae"] = nn.Parameter(log_threshold)
         norm = cfg["norm"] or [1.0] * n_layers
         self.norm_factor: Float[Tensor, "n_layers"] = nn.Buffer(torch.tensor(norm))
-        self.mean: Float[Tensor, "n_layers d_model"] = nn.Buffer(torch.zeros(n_layers, d_model))  # of y
+        self.mean: Float[Tensor, "n_layers d_model"] = nn.Buffer(torch.zeros(n_layers, d_model))
         self.threshold: Float[Tensor, ""] = nn.Buffer(torch.zeros(()))  # batchtopk's
         self.penalty: Float[Tensor, "d_sae"] = nn.Buffer(torch.ones(d_sae), persistent=False)
         self.penalty[: max(0, cfg["n_shared"] - self.first)] = cfg["shared_penalty"]
@@ -355,9 +356,9 @@ class CrossCoder(nn.Module):
         return x / self.norm_factor[:, None]
 
     def get_pre_acts(self, y: Resids) -> Acts:
-        """h = (y - mean) . W_enc + b_enc, summed over n_layers and d_model, in the compute type. If W_enc saw
-        the mean, each step that it learns from one row would move h on all, and many latents would end
-        below 0 for good: tests/RESULTS.md, At size."""
+        """h = (y - mean) . W_enc, summed over n_layers and d_model, + b_enc, in the compute type. Where
+        mean is 0, as with relu as published, W_enc sees y's own: what it learns from one row moves h on
+        all, and many latents may end below 0 for good: tests/RESULTS.md, At size."""
         rows = (y - self.mean).reshape(-1, self.b_dec.numel()).to(self.dtype)  # [rows, n_layers * d_model]
         h, _ = Product.apply(rows, self.W_enc.flatten(0, 1))
         h = h + self.b_enc.to(self.dtype)
@@ -506,8 +507,8 @@ class CrossCoder(nn.Module):
         b_enc and the scale of W_enc on these raw activations."""
         if self.as_published:
             return
-        # b_enc: 0, which is the threshold so far, as is a latent's mean product with y - mean; with jumprelu
-        # it puts the product that a tenth of the rows exceed at its threshold.
+        # b_enc puts one of a latent's products with y - mean at its threshold: with jumprelu the one that a
+        # tenth of the rows exceed; else the mean one, and as that is 0, and the threshold so far, b_enc is.
         y = self.normalise(x)
         self.mean.copy_(y.mean(0))
         self.b_dec.copy_(self.mean)
@@ -546,7 +547,7 @@ class CrossCoder(nn.Module):
     # ---- CrossCoder: files
     @torch.no_grad()
     def start_from(self, parent: "CrossCoder") -> None:
-        """Takes over another's weights, normalisation and thresholds. Of a one-model crosscoder each of
+        """Takes over another's weights, normalisation, mean and thresholds. Of a one-model crosscoder each of
         several models gets the decoder, and its share of the encoder: of models that are alike, all but
         exclusive latents stay as active as they were. ValueError, naming the key, where they do not fit."""
         wanted, found = [{
@@ -1028,8 +1029,9 @@ class Trainer:
         self.buffer = buffer or Buffer(cfg | share, models, tokens)
         n_layers, d_model = self.buffer.buffer.shape[1:]
         self.crosscoder = CrossCoder({**cfg, "resume": ""}, n_layers, d_model)  # its cfg.json is for anyone
-        # Adam moves any number by its rate at most. unlike [J25]: thresholds learn at the full rate, or in a
-        # short run they hardly move; and b_enc moves h about as fast as all that a latent has in W_enc does.
+        # Adam moves any number by about its rate. unlike [J25]: thresholds learn at the full rate, or in
+        # a short run they hardly move. b_enc, but for relu as published, moves h as fast as the weights
+        # of a latent do, each one way or the other: tests/RESULTS.md, At size.
         weights = dict(self.crosscoder.named_parameters())
         scales = dict.fromkeys(weights, 1.0)
         if not self.crosscoder.as_published:
@@ -1164,7 +1166,7 @@ class Trainer:
         grad_norm = sum_ranks(nn.utils.get_total_norm(grad_norms).square()).sqrt()
         skip = ~(loss.detach() + grad_norm).isfinite() | (self.skipped_in_a_row >= MOST_SKIPPED)
         for group in self.optimizer.param_groups:
-            group["lr"] = lr * group["scale"]
+            group["lr"] = lr * group.get("scale", 1.0)
         step_adam(self.optimizer, grad_norm, skip.float())
 
         self.steps_skipped = self.steps_skipped + skip  # not in place, as the metrics hold it

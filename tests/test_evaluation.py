@@ -198,6 +198,8 @@ def write_as_earlier_versions(folder):
     for key, activations in USED_BY.items():
         if cfg["activation"] not in activations:
             del cfg[key]
+    for key in ("l0", "outlier_norm"):
+        cfg.pop(key, None)
     if not cfg["n_shared"]:
         cfg.pop("shared_penalty", None)
     file.write_text(json.dumps(cfg, indent=2) + "\n")

@@ -247,7 +247,7 @@ def test_a_step_is_adam_on_gradients_clipped_to_a_norm_of_one(trainer):
 
 def test_a_gradient_shorter_than_one_is_left_as_it_is(trainer):
     """And not stretched to a norm of 1. Adam, on its own, hides a constant scale; not so its epsilon."""
-    trainer.optimizer = torch.optim.Adam([{"params": trainer.crosscoder.parameters(), "scale": 1.0}], eps=1.0, fused=True)
+    trainer.optimizer = torch.optim.Adam(trainer.crosscoder.parameters(), 1e-3, eps=1.0, fused=True)
     x = trainer.buffer.next()
     trainer.buffer.next = lambda: 1e-3 * x + trainer.crosscoder.b_dec.detach()
     plain = copy.deepcopy(trainer.crosscoder)
