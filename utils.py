@@ -507,14 +507,14 @@ class CrossCoder(nn.Module):
         b_enc and the scale of W_enc on these raw activations."""
         if self.as_published:
             return
-        # b_enc puts one of a latent's products with y - mean at its threshold: with jumprelu the one that a
-        # tenth of the rows exceed; else the mean one, and as that is 0, and the threshold so far, b_enc is.
+        # b_enc puts one of a latent's products with y - mean at its threshold: with relu and jumprelu the one
+        # that a tenth of the rows exceed; else the mean one, and as that is 0, and the threshold, b_enc is.
         y = self.normalise(x)
         self.mean.copy_(y.mean(0))
         self.b_dec.copy_(self.mean)
         thresholds = self.get_thresholds()
         level = thresholds
-        if self.activation == "jumprelu":
+        if self.activation in ("relu", "jumprelu"):
             h = self.get_pre_acts(y).float()
             level = h.topk(math.ceil(len(h) / 10), dim=0).values[-1]
         self.b_enc.copy_(thresholds - level)
@@ -530,6 +530,13 @@ class CrossCoder(nn.Module):
 
         # b_dec: so that the error's mean is 0.
         self.b_dec += self.normalise(x - self(x)).mean(0)
+
+    @torch.no_grad()
+    def set_mean(self, x: Resids) -> None:
+        """Sets mean on these raw activations, and b_enc so that h stays as it was."""
+        mean = self.normalise(x).mean(0)
+        self.b_enc += (mean - self.mean).flatten() @ self.W_enc.flatten(0, 1)
+        self.mean.copy_(mean)
 
     @torch.no_grad()
     def fit_threshold(self, x: Resids) -> None:
@@ -1017,7 +1024,7 @@ class Trainer:
     one that is there already, and may serve others, too."""
     STATE = (
         "step_counter", "evaluated_at", "history", "wandb_id", "tokens_since_fired", "is_dead",
-        "steps_skipped", "log_integral", "log_scale", "n_ranks")
+        "steps_skipped", "log_scale", "n_ranks")
 
     def __init__(self, cfg: dict, models: list, all_tokens: Tokens, buffer: Buffer | None = None):
         self.cfg = cfg
@@ -1030,21 +1037,19 @@ class Trainer:
         n_layers, d_model = self.buffer.buffer.shape[1:]
         self.crosscoder = CrossCoder({**cfg, "resume": ""}, n_layers, d_model)  # its cfg.json is for anyone
         # Adam moves any number by about its rate. unlike [J25]: thresholds learn at the full rate, or in
-        # a short run they hardly move. b_enc, but for relu as published, moves h as fast as the weights
-        # of a latent do, each one way or the other: tests/RESULTS.md, At size.
-        weights = dict(self.crosscoder.named_parameters())
-        scales = dict.fromkeys(weights, 1.0)
-        if not self.crosscoder.as_published:
-            scales["b_enc"] = math.sqrt(n_layers * d_model)
-        groups = [{"params": [weights[name]], "scale": scales[name]} for name in weights]
+        # a short run they hardly move. b_enc, but for relu as published, learns at 20 times the rate, as
+        # nothing else moves h on all rows: tests/RESULTS.md, At size.
+        groups = []
+        for name, parameter in self.crosscoder.named_parameters():
+            is_fast = name == "b_enc" and not self.crosscoder.as_published
+            groups.append({"params": [parameter], "scale": 20.0 if is_fast else 1.0})
         self.optimizer = torch.optim.Adam(groups, cfg["lr"], betas=(cfg["beta1"], cfg["beta2"]), fused=True)
         self.step_counter = 0
         self.total_steps = cfg["num_tokens"] // cfg["batch_size"]
         self.tokens_since_fired = torch.zeros_like(self.crosscoder.b_enc, dtype=torch.long)
         self.is_dead = torch.zeros_like(self.crosscoder.b_enc, dtype=torch.uint8)  # for AuxK to revive
         self.dead: Int[Tensor, "n_dead"] | None = None  # their numbers, for get_losses
-        self.log_integral = torch.zeros((), device=cfg["device"])  # see steer
-        self.log_scale = torch.zeros((), device=cfg["device"])  # of relu's sparsity coefficient
+        self.log_scale = torch.zeros((), device=cfg["device"])  # of relu's sparsity coefficient, see steer
         self.steps_skipped = torch.zeros((), device=cfg["device"])
         self.skipped_in_a_row = torch.zeros((), device=cfg["device"])
         self.history: list[dict] = []  # all that was logged
@@ -1064,10 +1069,13 @@ class Trainer:
             self.load(Path(cfg["resume"]))
             return
         self.buffer.refresh()
-        if not cfg["init_from"]:
-            if not cfg["norm"]:
-                self.crosscoder.norm_factor.copy_(self.get_norm_factor())
-            self.crosscoder.calibrate(self.peek())
+        if cfg["init_from"]:
+            if not self.crosscoder.as_published:
+                self.crosscoder.set_mean(self.peek())
+            return
+        if not cfg["norm"]:
+            self.crosscoder.norm_factor.copy_(self.get_norm_factor())
+        self.crosscoder.calibrate(self.peek())
 
     def get_norm_factor(self) -> Float[Tensor, "n_layers"]:
         """E||x|| / sqrt(d_model) of each source, over the rows in the buffer but for outliers."""
@@ -1102,14 +1110,13 @@ class Trainer:
 
     def get_rise(self) -> float:
         """The share of the sparsity coefficient that is reached. relu: from 0 to 1 over the first 5% of the
-        steps [A24]. jumprelu: over all steps [J25]. With an l0: over 35%; of jumprelu from where l0 / rise,
-        which steer aims at, is the L0 that it is calibrated to."""
+        steps [A24]. jumprelu: over all steps [J25]. With an l0: over 35%, from where l0 / rise, which steer
+        aims at, is the L0 that calibrate starts with."""
         start = 0.0
         span = 0.05 if self.cfg["activation"] == "relu" else 1.0
         if self.cfg["l0"]:
+            start = 10 * self.cfg["l0"] / self.cfg["dict_size"]
             span = 0.35
-            if self.cfg["activation"] == "jumprelu":
-                start = 10 * self.cfg["l0"] / self.cfg["dict_size"]
         return min(1.0, max(start, self.step_counter / self.total_steps / span))
 
     def get_l1_coeff(self) -> float | Tensor:
@@ -1124,16 +1131,15 @@ class Trainer:
         cfg["l0"] / rise: while the coefficient rises, L0 falls. At first, when L0 is still what the start has
         left, it moves less. jumprelu: all thresholds, by one factor. Adam, which moves them by its rate a
         step at most, would take too long in a short run; what they learn by it is which are higher. relu: the
-        coefficient, by proportional and integral control of its logarithm. The first is bounded upwards, as
-        4 log 10 would be a factor of 10,000; the second both ways, lest the penalty drown the squared error."""
+        coefficient, as slowly as b_enc learns and L0 follows; upwards slower still, as a penalty that has
+        grown too far shrinks the decoder to nothing, where L0 no longer depends on it."""
         rise = self.get_rise()
         error = ~skip * rise * (l0 * rise / self.cfg["l0"]).clamp(min=0.1, max=10).log()
         if self.cfg["activation"] == "jumprelu":
             self.crosscoder.log_threshold += 0.05 * error
-            return
-        self.log_integral = (self.log_integral + 20 / self.total_steps * error).clamp(-3, 3)
-        log_scale = self.log_integral + (4 * error).clamp(max=1.5)
-        self.log_scale = torch.where(skip, self.log_scale, log_scale)
+        else:
+            change = 50 * self.get_lr() * error.clamp(max=0.4)
+            self.log_scale = (self.log_scale + change).clamp(-5, 5)
 
     def get_k(self) -> int:
         """topk, batchtopk: from 8 k down to k over the first 5% of the steps."""

@@ -42,7 +42,7 @@ def test_rows_are_trained_on_the_same_batches_and_a_mask_is_for_training_alone(m
 def test_the_mask_takes_its_share_of_sources(tmp_path):
     trainer = make_trainer(tmp_path, **trials.K)
     seen = []
-    trainer.crosscoder.get_pre_acts = lambda y: seen.append((y == 0).all(-1))
+    trainer.crosscoder.get_pre_acts = lambda y: seen.append((y == trainer.crosscoder.mean).all(-1))
     trials.mask_sources(trainer, 0.25)
     y = torch.ones(2000, 4, 128)
     trainer.crosscoder.get_pre_acts(y)

@@ -32,9 +32,11 @@ def mask_sources(trainer: Trainer, share: float) -> None:
 
     def get_pre_acts(y):
         if torch.is_grad_enabled():  # neither in evaluation nor where thresholds are fitted
-            y = y * (torch.rand(y.shape[:-1], generator=generator) >= share)[..., None]
+            is_seen = torch.rand(y.shape[:-1], generator=generator) >= share
+            y = torch.where(is_seen[..., None], y, mean)  # less the mean, which the encoder reads, it is 0
         return whole(y)
 
+    mean = trainer.crosscoder.mean
     trainer.crosscoder.get_pre_acts = get_pre_acts
 
 
@@ -76,7 +78,7 @@ def calibrate(trainer: Trainer) -> None:
     crosscoder.calibrate(trainer.peek())
     for group in trainer.optimizer.param_groups:
         if group["params"][0] is crosscoder.b_enc:
-            group["scale"] = crosscoder.mean.numel() ** 0.5
+            group["scale"] = 20.0
 
 
 def aim_by_loss(trainer: Trainer, weight: float) -> None:
