@@ -357,8 +357,8 @@ class CrossCoder(nn.Module):
 
     def get_pre_acts(self, y: Resids) -> Acts:
         """h = (y - mean) . W_enc, summed over n_layers and d_model, + b_enc, in the compute type. Where
-        mean is 0, as with relu as published, W_enc sees y's own: what it learns from one row moves h on
-        all, and many latents may end below 0 for good: tests/RESULTS.md, At size."""
+        mean is 0, as in a new run of relu as published, W_enc sees that of y: what it learns from one row
+        moves h on all, and many latents may end below 0 for good: tests/RESULTS.md, At size."""
         rows = (y - self.mean).reshape(-1, self.b_dec.numel()).to(self.dtype)  # [rows, n_layers * d_model]
         h, _ = Product.apply(rows, self.W_enc.flatten(0, 1))
         h = h + self.b_enc.to(self.dtype)
@@ -503,12 +503,12 @@ class CrossCoder(nn.Module):
     # ---- CrossCoder: what is fitted to activations rather than learnt
     @torch.no_grad()
     def calibrate(self, x: Resids) -> None:
-        """Starts with FVU below 1, but for relu without an l0, which starts as published. Sets mean, b_dec,
-        b_enc and the scale of W_enc on these raw activations."""
+        """Has a new run begin with FVU below 1, but for relu without an l0, which begins as published. Sets
+        mean, b_dec, b_enc and the scale of W_enc on these raw activations."""
         if self.as_published:
             return
         # b_enc puts one of a latent's products with y - mean at its threshold: with relu and jumprelu the one
-        # that a tenth of the rows exceed; else the mean one, and as that is 0, and the threshold, b_enc is.
+        # that a tenth of the rows exceed; else the mean one: as that and the threshold are 0, b_enc stays 0.
         y = self.normalise(x)
         self.mean.copy_(y.mean(0))
         self.b_dec.copy_(self.mean)
@@ -533,7 +533,7 @@ class CrossCoder(nn.Module):
 
     @torch.no_grad()
     def set_mean(self, x: Resids) -> None:
-        """Sets mean on these raw activations, and b_enc so that h stays as it was."""
+        """Sets mean on these raw activations, and b_enc so that h stays what it was, but for rounding."""
         mean = self.normalise(x).mean(0)
         self.b_enc += (mean - self.mean).flatten() @ self.W_enc.flatten(0, 1)
         self.mean.copy_(mean)
@@ -1036,8 +1036,8 @@ class Trainer:
         self.buffer = buffer or Buffer(cfg | share, models, tokens)
         n_layers, d_model = self.buffer.buffer.shape[1:]
         self.crosscoder = CrossCoder({**cfg, "resume": ""}, n_layers, d_model)  # its cfg.json is for anyone
-        # Adam moves any number by about its rate. unlike [J25]: thresholds learn at the full rate, or in
-        # a short run they hardly move. b_enc, but for relu as published, learns at 20 times the rate, as
+        # Adam moves any number by about its rate. unlike [J25]: thresholds learn at no less, or in a
+        # short run they hardly move. b_enc, but for relu as published, learns at 20 times the rate, as
         # nothing else moves h on all rows: tests/RESULTS.md, At size.
         groups = []
         for name, parameter in self.crosscoder.named_parameters():
@@ -1049,7 +1049,7 @@ class Trainer:
         self.tokens_since_fired = torch.zeros_like(self.crosscoder.b_enc, dtype=torch.long)
         self.is_dead = torch.zeros_like(self.crosscoder.b_enc, dtype=torch.uint8)  # for AuxK to revive
         self.dead: Int[Tensor, "n_dead"] | None = None  # their numbers, for get_losses
-        self.log_scale = torch.zeros((), device=cfg["device"])  # of relu's sparsity coefficient, see steer
+        self.log_scale = torch.zeros((), device=cfg["device"])  # of relu's coefficient: the factor of steer
         self.steps_skipped = torch.zeros((), device=cfg["device"])
         self.skipped_in_a_row = torch.zeros((), device=cfg["device"])
         self.history: list[dict] = []  # all that was logged
@@ -1110,13 +1110,15 @@ class Trainer:
 
     def get_rise(self) -> float:
         """The share of the sparsity coefficient that is reached. relu: from 0 to 1 over the first 5% of the
-        steps [A24]. jumprelu: over all steps [J25]. With an l0: over 35%, from where l0 / rise, which steer
-        aims at, is the L0 that calibrate starts with."""
+        steps [A24]. jumprelu: over all steps [J25]. With an l0: over 35%, at first where l0 / rise, which
+        steer aims at, is the tenth of all latents that calibrate leaves active; of a child run at once."""
         start = 0.0
         span = 0.05 if self.cfg["activation"] == "relu" else 1.0
         if self.cfg["l0"]:
             start = 10 * self.cfg["l0"] / self.cfg["dict_size"]
             span = 0.35
+            if self.cfg["init_from"]:
+                start = 1.0
         return min(1.0, max(start, self.step_counter / self.total_steps / span))
 
     def get_l1_coeff(self) -> float | Tensor:
@@ -1128,18 +1130,20 @@ class Trainer:
     @torch.no_grad()
     def steer(self, l0: Float[Tensor, ""], skip: Bool[Tensor, ""]) -> None:
         """After a batch with this L0, moves what L0 depends on, unless skip, so that it comes nearer to
-        cfg["l0"] / rise: while the coefficient rises, L0 falls. At first, when L0 is still what the start has
-        left, it moves less. jumprelu: all thresholds, by one factor. Adam, which moves them by its rate a
-        step at most, would take too long in a short run; what they learn by it is which are higher. relu: the
-        coefficient, as slowly as b_enc learns and L0 follows; upwards slower still, as a penalty that has
-        grown too far shrinks the decoder to nothing, where L0 no longer depends on it."""
+        cfg["l0"] / rise: while the coefficient rises, L0 falls. A move is times rise, as at first L0 is still
+        what the start has left. jumprelu: all thresholds, by one factor. Adam, which moves them by its rate a
+        step at most, would take too long in a short run; what they learn by it is which are higher. relu: all
+        of b_enc, and the coefficient, so that L0 stays there. Alone, it would at first grow until the decoder
+        is shrunk to nothing, where L0 no longer depends on it; hence the bound on how fast it grows, too."""
         rise = self.get_rise()
         error = ~skip * rise * (l0 * rise / self.cfg["l0"]).clamp(min=0.1, max=10).log()
         if self.cfg["activation"] == "jumprelu":
             self.crosscoder.log_threshold += 0.05 * error
         else:
-            change = 50 * self.get_lr() * error.clamp(max=0.4)
-            self.log_scale = (self.log_scale + change).clamp(-5, 5)
+            move = 50 * self.get_lr() * error
+            self.crosscoder.b_enc -= move
+            change = move.clamp(max=20 * self.get_lr())
+            self.log_scale = (self.log_scale + change).clamp(-5, 5)  # a factor of 148
 
     def get_k(self) -> int:
         """topk, batchtopk: from 8 k down to k over the first 5% of the steps."""

@@ -103,16 +103,18 @@ def test_relus_coefficient_rises_while_l0_is_above_its_aim_and_falls_while_below
     trainer = Trainer({**cfg, "activation": "relu", "l0": 20.0}, models, tokens[:60])
     full = cfg["l1_coeff"]
     for step, l0, skip, moved in (
-            (20, 40.0, NO, 0.4), (20, 24.0, NO, math.log(1.2)), (20, 20.0, NO, 0), (20, 10.0, NO, -math.log(2)),
-            (20, 40.0, ~NO, 0), (20, 0.0, NO, -math.log(10)), (20, math.inf, NO, 0.4),
+            (20, 40.0, NO, math.log(2)), (20, 24.0, NO, math.log(1.2)), (20, 20.0, NO, 0), (20, 10.0, NO, -math.log(2)),
+            (20, 40.0, ~NO, 0), (20, 0.0, NO, -math.log(10)), (20, math.inf, NO, math.log(10)),
             (36, 24.0, NO, math.log(1.2)),  # at half the rate: as slowly as b_enc learns
             (11.2, 25.0, NO, 0), (11.2, 27.5, NO, 0.8 * math.log(1.1)),  # of 40: 0.8 of the coefficient is reached
             (0, 25.6, NO, 0)):  # a tenth of 256, which is what calibrate leaves
         trainer.step_counter = step
         trainer.log_scale.fill_(0.5)
+        before = trainer.crosscoder.b_enc.detach().clone()
         trainer.steer(torch.tensor(l0), skip)
         lr = cfg["lr"] * {36: 0.5, 0: 0.5}.get(step, 1)
-        assert trainer.log_scale.item() - 0.5 == pytest.approx(50 * lr * moved, abs=1e-6), (step, l0)
+        assert trainer.log_scale.item() - 0.5 == pytest.approx(50 * lr * min(moved, 0.4), abs=1e-6), (step, l0)
+        assert torch.allclose(before - trainer.crosscoder.b_enc, torch.tensor(50 * lr * moved), atol=1e-6)
         assert float(trainer.get_l1_coeff()) == pytest.approx(full * trainer.get_rise() * trainer.log_scale.exp().item())
     trainer.step_counter = 20
     for l0 in (0.0, math.inf):
@@ -210,6 +212,10 @@ def test_a_run_begins_where_another_has_ended(cfg, models, tokens, tmp_path, act
         assert torch.isclose(child.crosscoder.encode(x), parent.crosscoder.encode(x), atol=1e-4).float().mean() > 0.999
     assert child.crosscoder.cfg["init_from"] == path
     child.step()
+    if activation in ("relu", "jumprelu"):
+        assert child.get_rise() < 0.6
+        child.cfg = {**child.cfg, "l0": 8.0}  # which may be its L0 already
+        assert child.get_rise() == 1
     for overrides, said in (({"dict_size": 128}, "dict_size is 256, not 128"), ({"layers": [1, 2]}, r"layers is \[0, 1, 2, 3\], not \[1, 2\]"),
                             ({"activation": "topk" if activation == "relu" else "relu"}, "activation is "), ({"center": True}, "center is False")):
         with pytest.raises(ValueError, match=f"^init_from='{path}': its {said}"):
