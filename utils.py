@@ -1049,7 +1049,7 @@ class Trainer:
         self.tokens_since_fired = torch.zeros_like(self.crosscoder.b_enc, dtype=torch.long)
         self.is_dead = torch.zeros_like(self.crosscoder.b_enc, dtype=torch.uint8)  # for AuxK to revive
         self.dead: Int[Tensor, "n_dead"] | None = None  # their numbers, for get_losses
-        self.log_scale = torch.zeros((), device=cfg["device"])  # of relu's coefficient: the factor of steer
+        self.log_scale = torch.zeros((), device=cfg["device"])  # of relu's coefficient: steer's factor
         self.steps_skipped = torch.zeros((), device=cfg["device"])
         self.skipped_in_a_row = torch.zeros((), device=cfg["device"])
         self.history: list[dict] = []  # all that was logged
@@ -1130,11 +1130,11 @@ class Trainer:
     @torch.no_grad()
     def steer(self, l0: Float[Tensor, ""], skip: Bool[Tensor, ""]) -> None:
         """After a batch with this L0, moves what L0 depends on, unless skip, so that it comes nearer to
-        cfg["l0"] / rise: while the coefficient rises, L0 falls. A move is times rise, as at first L0 is still
-        what the start has left. jumprelu: all thresholds, by one factor. Adam, which moves them by its rate a
+        cfg["l0"] / rise: while the coefficient rises, L0 falls. Each move is multiplied by rise, as at first
+        L0 is still what the start has left. jumprelu: all thresholds, by one factor. Adam, which moves them by its rate a
         step at most, would take too long in a short run; what they learn by it is which are higher. relu: all
-        of b_enc, and the coefficient, so that L0 stays there. Alone, it would at first grow until the decoder
-        is shrunk to nothing, where L0 no longer depends on it; hence the bound on how fast it grows, too."""
+        of b_enc, and the coefficient, so that L0 stays there. The coefficient alone would at first grow until
+        it has shrunk the decoder to nothing, and L0 no longer depends on it: so its growth has a bound, too."""
         rise = self.get_rise()
         error = ~skip * rise * (l0 * rise / self.cfg["l0"]).clamp(min=0.1, max=10).log()
         if self.cfg["activation"] == "jumprelu":
