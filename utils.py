@@ -1131,10 +1131,11 @@ class Trainer:
     def steer(self, l0: Float[Tensor, ""], skip: Bool[Tensor, ""]) -> None:
         """After a batch with this L0, moves what L0 depends on, unless skip, so that it comes nearer to
         cfg["l0"] / rise: while the coefficient rises, L0 falls. Each move is multiplied by rise, as at first
-        L0 is still what the start has left. jumprelu: all thresholds, by one factor. Adam, which moves them by its rate a
-        step at most, would take too long in a short run; what they learn by it is which are higher. relu: all
-        of b_enc, and the coefficient, so that L0 stays there. The coefficient alone would at first grow until
-        it has shrunk the decoder to nothing, and L0 no longer depends on it: so its growth has a bound, too."""
+        L0 is still what the start has left. jumprelu: all thresholds, by one factor. Adam, which moves them
+        by its rate a step at most, would take too long in a short run; what they learn by it is which are
+        higher. relu: all of b_enc, and the coefficient, so that L0 stays there. The coefficient alone would
+        at first grow until it has shrunk the decoder to nothing, and L0 no longer depends on it: so its
+        growth has a bound, too."""
         rise = self.get_rise()
         error = ~skip * rise * (l0 * rise / self.cfg["l0"]).clamp(min=0.1, max=10).log()
         if self.cfg["activation"] == "jumprelu":
