@@ -53,7 +53,6 @@ KEYS = {  # key: (default, comment); default_cfg and --help are made of this
                 "hub name@revision, file or folder of text; it and tokens can be mixed: a:0.5,b:0.5"),
     "seq_len": (1024, "tokens in a sequence, the first of them BOS"),
     "num_tokens": (1_070_000_000, "tokens to train on: one row of activations each"),
-    "outlier_norm": (20.0, "rows so many times as long as the mean, at any source, are replaced; 0: none"),
     "batch_size": (2048, "rows in a step"),
     "buffer_mult": (512, "batches that the shuffled buffer holds"),
     "buffer_device": ("auto", "where the buffer is kept; auto is the device"),
@@ -180,7 +179,7 @@ DEVICES = ["device", "buffer_device", "model_device"]
 MOST = 2**53  # above it floats, which all numbers are read as, leave out whole numbers
 LIMITS = {  # of numbers: the least; what they must be below; both in words. All others: above 0
     **dict.fromkeys(
-        ["seed", "l1_coeff", "l0", "outlier_norm", "aux_coeff", "n_shared", "n_exclusive"],
+        ["seed", "l1_coeff", "l0", "aux_coeff", "n_shared", "n_exclusive"],
         (0, MOST, "of at least 0")),
     **dict.fromkeys(["seq_len", "buffer_mult"], (2, MOST, "of at least 2")),
     **dict.fromkeys(["beta1", "beta2"], (1e-300, 1, "above 0 and below 1")),
@@ -386,10 +385,6 @@ def check(cfg: dict) -> None:
         raise bad("k", cfg["k"], f"more than dict_size={d_sae}")
     if cfg["l0"] > d_sae:
         raise bad("l0", cfg["l0"], f"more than dict_size={d_sae}")
-    if cfg["l0"] and cfg["activation"] == "relu" and cfg["l1_coeff"] == 0:
-        raise bad("l1_coeff", 0, "l0 is met by multiplying it; give a number above 0")
-    if 0 < cfg["outlier_norm"] < 2:
-        raise bad("outlier_norm", cfg["outlier_norm"], "give a number of at least 2, or 0 for none")
     if cfg["init_from"] and cfg["norm"]:
         raise bad("norm", cfg["norm"], "init_from brings its own; give none")
     if len(set(cfg["layers"])) < len(cfg["layers"]):
@@ -832,10 +827,6 @@ def results(cfg: dict, metrics: dict[str, float], n_layers: int) -> str:
         if name != "all":
             line += f"  {metrics[f'norm_ratio/{name}']:10.3f}"
         lines.append(line)
-    if metrics["data/eval_outliers"]:
-        fvus = [f"{metrics[f'fvu_with_outliers/{name}']:.4f}" for name in [*names, "all"]]
-        share = f"{metrics['data/eval_outliers']:.3%}"
-        lines.append(f"FVU is without {share} outliers; with them {' '.join(fvus)}")
     lines.append(f"L0 {metrics['sparsity/l0']:.1f}, dead latents {metrics['sparsity/dead']:.1%}, "
                  f"clean CE {metrics['ce/clean']:.4f}")
     return "\n".join(lines)

@@ -383,14 +383,6 @@ class CrossCoder(nn.Module):
         """Raw activations to raw reconstructions."""
         return self.decode(self.encode(x))
 
-    def is_outlier(self, x: Resids) -> Bool[Tensor, "batch"]:
-        """Whether a row is, at some source, over outlier_norm times as long as rows there are on average. If
-        a tenth of the rows or more are, none counts: then norm_factor is of another scale."""
-        most = self.cfg.get("outlier_norm") or math.inf  # an earlier version's cfg has none
-        norms = x.norm(dim=-1, dtype=torch.float32)  # [batch, n_layers]
-        is_long = (norms > most * math.sqrt(x.shape[-1]) * self.norm_factor).any(-1)
-        return is_long & (is_long.float().mean() < 0.1)
-
     # ---- CrossCoder: which latents are active
     @torch.no_grad()
     def get_decoder_norms(self) -> Float[Tensor, "d_sae"]:
@@ -611,7 +603,8 @@ class CrossCoder(nn.Module):
                 cfg |= {"model_name": cfg["model_name"].split(","), "norm": []}
                 cfg |= {"layers": [int(layer) for layer in layers if layer]}
                 cfg.setdefault("shared_penalty", 0.1)
-                cfg = {key: cfg[key] for key in cfg if key not in ("loss_weights", "ignore_tokens")}
+            dropped = ("loss_weights", "ignore_tokens", "outlier_norm")
+            cfg = {key: cfg[key] for key in cfg if key not in dropped}
             weights = safetensors.torch.load_file(folder / "crosscoder.safetensors")
             n_layers, d_model, d_sae = weights["W_enc"].shape
             weights.setdefault("mean", torch.zeros(n_layers, d_model))  # an earlier version has none
@@ -776,9 +769,8 @@ def iter_rows(models: list, tokens: Tokens, cfg: dict) -> Iterator[Tensor]:
 @torch.no_grad()
 def get_stats(crosscoder: CrossCoder, models: list, tokens: Tokens, cfg: dict) -> dict:
     """How the crosscoder reconstructs and fires on tokens without position 0. On the CPU, in float64:
-    fvu [n_layers]: sum ||x - x_hat||^2 / sum ||x - E x||^2 without outliers; nan where x is constant
+    fvu [n_layers]: sum ||x - x_hat||^2 / sum ||x - E x||^2; nan where x is constant
     fvu_all: the same over all sources, source l weighted by norm_factor[l] ** -2, as in the loss
-    fvu_with_outliers, fvu_all_with_outliers: both over all rows; outliers: their share. Over all rows, too:
     norm_ratio [n_layers]: E||x_hat|| / E||x||, below 1 where there is shrinkage
     mean [n_layers, d_model]: E x; l0: active latents a token; freqs [d_sae]: how often each fires.
     Of several ranks each reads all tokens, with its own latents."""
@@ -790,30 +782,26 @@ def get_stats(crosscoder: CrossCoder, models: list, tokens: Tokens, cfg: dict) -
             center = x.mean(0)
         acts = crosscoder.encode(x)
         x_hat = crosscoder.decode(acts)
-        kinds = (~crosscoder.is_outlier(x), slice(None))
-        offsets = x - center
-        sizes = torch.stack([
-            offsets.pow(2).sum(2), (x - x_hat).pow(2).sum(2), x.norm(dim=-1), x_hat.norm(dim=-1)], 1)
-        totals = totals + torch.stack([sizes[rows].sum(0) for rows in kinds], 1).cpu().double()
-        means = means + torch.stack([offsets[rows].sum(0) for rows in kinds]).cpu().double()
-        n_rows = n_rows + torch.tensor([[len(sizes[rows])] for rows in kinds]).double()  # [kind, 1]
+        sums = torch.stack([
+            (x - center).pow(2).sum((0, 2)), (x - x_hat).pow(2).sum((0, 2)),
+            x.norm(dim=-1).sum(0), x_hat.norm(dim=-1).sum(0)])
+        totals = totals + sums.cpu().double()  # [4, n_layers]
+        means = means + (x - center).sum(0).cpu().double()
         fires = fires + (acts > 0).sum(0).cpu().double()
-    squares, errors, norms, norms_hat = totals  # [kind, n_layers] each
-    means = means / n_rows[..., None]
-    variances = squares - n_rows * means.pow(2).sum(-1)
+        n_rows += len(x)
+    squares, errors, norms, norms_hat = totals
+    means = means / n_rows
+    variances = squares - n_rows * means.pow(2).sum(-1)  # [n_layers]
     means = means + center.cpu().double()
     variances[variances <= 1e-14 * n_rows * means.pow(2).sum(-1)] = math.nan  # nothing to explain
     weights = crosscoder.norm_factor.cpu().double().pow(-2)
-    fvu = errors / variances
-    fvu_all = (errors * weights).sum(1) / (variances * weights).nansum(1)  # [kind]
     return {
-        "fvu": fvu[0], "fvu_all": fvu_all[0],
-        "fvu_with_outliers": fvu[1], "fvu_all_with_outliers": fvu_all[1],
-        "outliers": 1 - n_rows[0, 0] / n_rows[1, 0],
-        "norm_ratio": norms_hat[1] / norms[1],
-        "mean": means[1],
-        "l0": sum_ranks(fires.sum()) / n_rows[1, 0],
-        "freqs": fires / n_rows[1, 0]}
+        "fvu": errors / variances,
+        "fvu_all": (errors * weights).sum() / (variances * weights).nansum(),
+        "norm_ratio": norms_hat / norms,
+        "mean": means,
+        "l0": sum_ranks(fires.sum()) / n_rows,
+        "freqs": fires / n_rows}
 
 
 @torch.no_grad()
@@ -866,12 +854,10 @@ def evaluate(crosscoder: CrossCoder, models: list, tokens: Tokens, cfg: dict) ->
     of a source, or of all. ce/ablated_*: with the mean. An acausal reconstruction has seen later
     layers, which can flatter it."""
     stats = get_stats(crosscoder, models, tokens, cfg)
-    metrics = {
-        "fvu/all": stats["fvu_all"].item(), "fvu_with_outliers/all": stats["fvu_all_with_outliers"].item(),
-        "data/eval_outliers": stats["outliers"].item(), "sparsity/l0": stats["l0"].item()}
+    metrics = {"fvu/all": stats["fvu_all"].item(), "sparsity/l0": stats["l0"].item()}
     for i, name in enumerate(source_names(cfg, len(stats["fvu"]))):
-        for kind in ("fvu", "fvu_with_outliers", "norm_ratio"):
-            metrics[f"{kind}/{name}"] = stats[kind][i].item()
+        metrics[f"fvu/{name}"] = stats["fvu"][i].item()
+        metrics[f"norm_ratio/{name}"] = stats["norm_ratio"][i].item()
     for batch in tokens.split(cfg["model_batch_size"]):
         clean = [get_ce(model, batch) for model in models]
         x = get_stacked_resids(models, batch, cfg)
@@ -1078,28 +1064,17 @@ class Trainer:
         self.crosscoder.calibrate(self.peek())
 
     def get_norm_factor(self) -> Float[Tensor, "n_layers"]:
-        """E||x|| / sqrt(d_model) of each source, over the rows in the buffer but for outliers."""
+        """E||x|| / sqrt(d_model) of each source, over the rows in the buffer."""
         rows = self.buffer.buffer
-        norms = torch.cat([x.float().norm(dim=-1) for x in rows.split(self.cfg["batch_size"])])
-        mean = sum_ranks(norms.mean(0)) / self.n_ranks
-        if not (mean.isfinite() & (mean > 0)).all():
+        norms = sum(x.float().norm(dim=-1).sum(0) for x in rows.split(self.cfg["batch_size"]))
+        norms = sum_ranks(norms) / self.n_ranks
+        if not (norms.isfinite() & (norms > 0)).all():
             raise bad("site", self.cfg["site"], "its activations are all 0, or not finite")
-        most = self.cfg["outlier_norm"] or math.inf
-        is_kept = (norms <= most * mean).all(1, keepdim=True)
-        mean = sum_ranks((norms * is_kept).sum(0)) / sum_ranks(is_kept.sum())
-        return mean / math.sqrt(rows.shape[-1])
-
-    def replace_outliers(self, x: Resids) -> tuple[Resids, Float[Tensor, ""]]:
-        """-> x with copies of its other rows in the place of outliers, so that no shape changes and nothing
-        waits for the device; the share of outliers"""
-        is_outlier = self.crosscoder.is_outlier(x)
-        others = is_outlier.byte().argsort(stable=True)  # outliers last; the first half has none
-        rows = torch.arange(len(x), device=x.device)
-        return x[torch.where(is_outlier, others[rows // 2], rows)], is_outlier.float().mean()
+        return norms / len(rows) / math.sqrt(rows.shape[-1])
 
     def peek(self) -> Resids:
-        """Rows that are soon to be trained on, of all ranks, without outliers."""
-        return self.replace_outliers(gather(self.buffer.peek()))[0]
+        """Rows that are soon to be trained on, of all ranks."""
+        return gather(self.buffer.peek())
 
     # ---- Trainer: schedules
     def get_lr(self) -> float:
@@ -1129,22 +1104,18 @@ class Trainer:
 
     @torch.no_grad()
     def steer(self, l0: Float[Tensor, ""], skip: Bool[Tensor, ""]) -> None:
-        """After a batch with this L0, moves what L0 depends on, unless skip, so that it comes nearer to
-        cfg["l0"] / rise: while the coefficient rises, L0 falls. Each move is multiplied by rise, as at first
-        L0 is still what the start has left. jumprelu: all thresholds, by one factor. Adam, which moves them
-        by its rate a step at most, would take too long in a short run; what they learn by it is which are
-        higher. relu: all of b_enc, and the coefficient, so that L0 stays there. The coefficient alone would
-        at first grow until it has shrunk the decoder to nothing, and L0 no longer depends on it: so its
-        growth has a bound, too."""
+        """After a batch with this L0, moves all thresholds by one factor, unless skip, so that it comes nearer
+        to cfg["l0"] / rise: while the coefficient rises, L0 falls. Each move is multiplied by rise, as at first
+        L0 is still what the start has left. Adam, which moves a threshold by its rate a step at most, would take
+        too long in a short run; what it learns is which are higher. relu's threshold is -b_enc. Where L0 has to
+        be held up, relu's coefficient is too large, and falls: else it would shrink the decoder to nothing."""
         rise = self.get_rise()
         error = ~skip * rise * (l0 * rise / self.cfg["l0"]).clamp(min=0.1, max=10).log()
         if self.cfg["activation"] == "jumprelu":
             self.crosscoder.log_threshold += 0.05 * error
         else:
-            move = 50 * self.get_lr() * error
-            self.crosscoder.b_enc -= move
-            change = move.clamp(max=20 * self.get_lr())
-            self.log_scale = (self.log_scale + change).clamp(-5, 5)  # a factor of 148
+            self.crosscoder.b_enc -= 0.05 * error * self.crosscoder.b_enc.abs()
+            self.log_scale = (self.log_scale + 1000 * self.get_lr() * error).clamp(-5, 0)
 
     def get_k(self) -> int:
         """topk, batchtopk: from 8 k down to k over the first 5% of the steps."""
@@ -1163,8 +1134,7 @@ class Trainer:
             self.find_dead()
         if x is None:
             x = self.buffer.next()
-        x, outliers = self.replace_outliers(gather(x))
-        losses = self.crosscoder.get_losses(x, self.get_k(), self.dead)
+        losses = self.crosscoder.get_losses(gather(x), self.get_k(), self.dead)
         loss = losses.l2_loss + l1_coeff * losses.l1_loss + losses.aux_loss
         loss.backward()
         self.crosscoder.constrain(self.crosscoder.W_enc.grad, self.crosscoder.W_dec.grad)
@@ -1193,7 +1163,7 @@ class Trainer:
             "loss/l1_coeff": l1_coeff, "loss/lr": lr, "loss/grad_norm": grad_norm,
             "fvu/batch": losses.fvu, "sparsity/l0_batch": losses.l0_loss,
             "data/epochs": self.buffer.rows_served / self.buffer.rows_per_epoch,
-            "data/outliers": outliers, "data/steps_skipped": self.steps_skipped}
+            "data/steps_skipped": self.steps_skipped}
 
     def find_dead(self) -> None:
         """Has get_losses revive what is dead, if any is on any rank."""

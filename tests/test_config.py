@@ -140,8 +140,6 @@ def test_the_published_normalisation_is_a_preset():
     (dict(preset="ti\nny"), "diff-tiny"),
     (dict(lr=np.zeros(3)), "number"),
     (dict(lr=[1e-3]), "number"),
-    (dict(outlier_norm=0.5), "at least 2, or 0"),
-    (dict(l1_coeff=0, l0=32), "above 0"),
     (dict(norm=[1.0, 2.0], init_from="x"), "brings its own"),
 ])
 def test_a_wrong_value_is_refused_by_key_value_and_remedy(overrides, said):

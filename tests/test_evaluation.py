@@ -48,7 +48,7 @@ def test_fvu_is_right_however_far_the_mean_is_from_zero(cfg, monkeypatch, ratio)
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(4000, 2, 6, generator=generator) * torch.linspace(0.1, 3, 6)
     x[:, 0] += ratio * torch.randn(6, generator=generator)
-    crosscoder = CrossCoder({**cfg, "dict_size": 20, "dec_init_norm": 0.3, "outlier_norm": 0}, 2, 6)
+    crosscoder = CrossCoder({**cfg, "dict_size": 20, "dec_init_norm": 0.3}, 2, 6)
     crosscoder.b_dec.data.copy_(x.mean(0) + 0.1)
     monkeypatch.setattr(utils, "iter_rows", lambda *_: iter(x.split(512)))
     stats = get_stats(crosscoder, [], None, cfg)
@@ -60,31 +60,11 @@ def test_fvu_is_right_however_far_the_mean_is_from_zero(cfg, monkeypatch, ratio)
     assert torch.allclose(stats["mean"], x.mean(0), rtol=1e-6, atol=1e-6)
 
 
-def test_outliers_are_left_out_of_fvu_and_it_is_given_with_them_too(cfg, monkeypatch):
-    x = torch.randn(1000, 2, 6, generator=torch.Generator().manual_seed(0))
-    x[[10, 500], [0, 1]] *= 300  # each long at one source
-    crosscoder = CrossCoder({**cfg, "dict_size": 20, "dec_init_norm": 0.3, "outlier_norm": 20.0}, 2, 6)
-    crosscoder.norm_factor.copy_(torch.tensor([1.0, 1.1]))
-    monkeypatch.setattr(utils, "iter_rows", lambda *_: iter(x.split(300)))
-    stats = get_stats(crosscoder, [], None, cfg)
-    kept = torch.ones(1000, dtype=torch.bool)
-    kept[[10, 500]] = False
-    for rows, key in ((x[kept], "fvu"), (x, "fvu_with_outliers")):
-        errors, variances = (rows - crosscoder(rows)).pow(2).sum((0, 2)), (rows - rows.mean(0)).pow(2).sum((0, 2))
-        assert torch.allclose(stats[key], (errors / variances).double(), rtol=1e-4), key
-        weights = torch.tensor([1.0, 1.1]) ** -2
-        wanted = (errors * weights).sum() / (variances * weights).sum()
-        assert stats[key.replace("fvu", "fvu_all")].item() == pytest.approx(wanted.item(), rel=1e-4)
-    assert stats["outliers"].item() == pytest.approx(0.002) and (stats["fvu_with_outliers"] - stats["fvu"]).abs().min() > 0.002
-    crosscoder.cfg["outlier_norm"] = 0
-    assert get_stats(crosscoder, [], None, cfg)["outliers"] == 0
-
-
 def test_where_there_is_nothing_to_explain_fvu_is_nan_and_over_all_sources_it_is_of_the_others(cfg, monkeypatch):
     x = torch.randn(1000, 3, 6, generator=torch.Generator().manual_seed(0))
     x[:, 1] = 7.1
     x[:, 2] = 0
-    crosscoder = CrossCoder({**cfg, "dict_size": 20, "dec_init_norm": 0.3, "outlier_norm": 0}, 3, 6)
+    crosscoder = CrossCoder({**cfg, "dict_size": 20, "dec_init_norm": 0.3}, 3, 6)
     monkeypatch.setattr(utils, "iter_rows", lambda *_: iter(x.split(300)))
     stats = get_stats(crosscoder, [], None, cfg)
     assert 0 < stats["fvu"][0] and stats["fvu"][1:].isnan().all() and 0 < stats["fvu_all"] < math.inf
@@ -119,7 +99,7 @@ def test_position_0_keeps_its_own_activations(models, held_out, cfg):
 def identity(cfg, n_layers, d_model):
     """A crosscoder that reconstructs exactly: a latent for each direction and its opposite."""
     n = n_layers * d_model
-    crosscoder = CrossCoder({**cfg, "dict_size": 2 * n, "outlier_norm": 0}, n_layers, d_model)
+    crosscoder = CrossCoder({**cfg, "dict_size": 2 * n}, n_layers, d_model)
     eye = torch.cat([torch.eye(n), -torch.eye(n)])
     crosscoder.W_dec.data = eye.view(2 * n, n_layers, d_model)
     crosscoder.W_enc.data = eye.T.reshape(n_layers, d_model, 2 * n)
@@ -198,8 +178,7 @@ def write_as_earlier_versions(folder):
     for key, activations in USED_BY.items():
         if cfg["activation"] not in activations:
             del cfg[key]
-    for key in ("l0", "outlier_norm"):
-        cfg.pop(key, None)
+    cfg.pop("l0", None)
     if not cfg["n_shared"]:
         cfg.pop("shared_penalty", None)
     file.write_text(json.dumps(cfg, indent=2) + "\n")

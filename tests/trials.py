@@ -131,7 +131,6 @@ TRIALS = {
     **{f"batch_{n}": [(f"batch_size={n}", K | {"batch_size": n, "buffer_mult": 65536 // n}, None)] for n in (256, 1024)},
     "smollm2": [
         ("batchtopk", K_54, None),
-        ("batchtopk, outliers left in", K_54 | {"outlier_norm": 0}, None),
         ("batchtopk, aux_coeff=1", K_54 | {"aux_coeff": 1}, None),
         ("batchtopk, 5% of sources masked", K_54, partial(mask_sources, share=0.05)),
         ("batchtopk, no warm-up", K_54, partial(warm_up, share=0)),
@@ -140,7 +139,6 @@ TRIALS = {
         ("relu, l1_coeff=2", RELU_54 | {"l0": 0, "l1_coeff": 2}, None),
         ("relu, l1_coeff=1.5, calibrated", RELU_54 | {"l0": 0, "l1_coeff": 1.5}, calibrate),
         ("jumprelu, l0=54", JUMP_54, None)],
-    "smollm2_outliers": [("left out", K_54, None), ("left in", K_54 | {"outlier_norm": 0}, None)],
     "smollm2_l0": [
         *[(f"relu, l0=54, l1_coeff={n:g}", RELU_54 | {"l1_coeff": n}, None) for n in (0.2, 2, 20)],
         *[(f"jumprelu, l0=54, l0_coeff={n:g}", JUMP_54 | {"l0_coeff": n}, None) for n in (0.06, 0.6, 6)]],
@@ -152,7 +150,7 @@ TRIALS = {
 
 
 COLUMNS = {  # with how many digits
-    "sparsity/l0": 1, "fvu/all": 4, "fvu_with_outliers/all": 4, "ce/delta_all": 3, "sparsity/dead": 3, "rare": 3, "coherence": 2}
+    "sparsity/l0": 1, "fvu/all": 4, "ce/delta_all": 3, "sparsity/dead": 3, "rare": 3, "coherence": 2}
 
 
 def run(trial: str, seed: int, overrides: dict, rare_tokens: int = 200_000) -> list[dict]:
@@ -178,10 +176,7 @@ def run(trial: str, seed: int, overrides: dict, rare_tokens: int = 200_000) -> l
                 dead = trainer.tokens_since_fired >= trainer.cfg["dead_after"]
                 row["growth"].append(dead.float().mean().item())
     for row, trainer in zip(rows, trainers):
-        cfg = trainer.crosscoder.cfg
-        trainer.crosscoder.cfg = cfg | {"outlier_norm": 20.0}  # FVU is of the same rows for all
         row.update(look(trainer), folder=str(trainer.run_dir))
-        trainer.crosscoder.cfg = cfg
         trainer.crosscoder.save(trainer.run_dir / "step_1")
     fires = [torch.zeros(len(trainer.crosscoder.b_enc), dtype=torch.long) for trainer in trainers]
     n_rows = 0
@@ -198,7 +193,7 @@ def run(trial: str, seed: int, overrides: dict, rare_tokens: int = 200_000) -> l
 
 def table(rows: list[dict]) -> str:
     """Means over the seeds, and the largest distance of one from them; how the dead grow."""
-    lines = ["| | L0 | FVU | with outliers | CE delta | dead | rare | coherence | stable |", "|" + "---|" * 9]
+    lines = ["| | L0 | FVU | CE delta | dead | rare | coherence | stable |", "|" + "---|" * 8]
     growth = ["", "dead after each tenth of training:"]
     for name in dict.fromkeys(row["row"] for row in rows):
         runs = [row for row in rows if row["row"] == name]
