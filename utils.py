@@ -524,13 +524,6 @@ class CrossCoder(nn.Module):
         self.b_dec += self.normalise(x - self(x)).mean(0)
 
     @torch.no_grad()
-    def set_mean(self, x: Resids) -> None:
-        """Sets mean on these raw activations, and b_enc so that h stays what it was, but for rounding."""
-        mean = self.normalise(x).mean(0)
-        self.b_enc += (mean - self.mean).flatten() @ self.W_enc.flatten(0, 1)
-        self.mean.copy_(mean)
-
-    @torch.no_grad()
     def fit_threshold(self, x: Resids) -> None:
         """batchtopk: sets the threshold to the lowest score that is kept where k a row are, the mean
         over batches of these raw activations."""
@@ -1055,13 +1048,10 @@ class Trainer:
             self.load(Path(cfg["resume"]))
             return
         self.buffer.refresh()
-        if cfg["init_from"]:
-            if not self.crosscoder.as_published:
-                self.crosscoder.set_mean(self.peek())
-            return
-        if not cfg["norm"]:
+        if not cfg["norm"] and not cfg["init_from"]:
             self.crosscoder.norm_factor.copy_(self.get_norm_factor())
-        self.crosscoder.calibrate(self.peek())
+        if not cfg["init_from"]:
+            self.crosscoder.calibrate(self.peek())
 
     def get_norm_factor(self) -> Float[Tensor, "n_layers"]:
         """E||x|| / sqrt(d_model) of each source, over the rows in the buffer."""
