@@ -182,8 +182,8 @@ def get_stacked_resids(models: list, tokens: Tokens, cfg: dict) -> Resids:
 class LossOutput(NamedTuple):
     """Losses of a batch, on y. Training minimises l2_loss + coefficient * l1_loss + aux_loss."""
     l2_loss: Float[Tensor, ""]  # squared error, summed over sources and d_model, mean over the batch
-    # relu: sum_i penalty_i acts_i sum_l ||W_dec_i^l|| [O24], mean over the batch; jumprelu: tanh of 4
-    # times each product [J25]; topk, batchtopk: as relu, but a metric alone: no penalty_i, no gradient
+    # relu: sum_i penalty_i acts_i sum_l ||W_dec_i^l|| [O24], mean over the batch; jumprelu: penalty_i times
+    # tanh of 4 times the rest [J25]; topk, batchtopk: as relu, but a metric alone: no penalty_i, no gradient
     l1_loss: Float[Tensor, ""]
     aux_loss: Float[Tensor, ""]  # what keeps latents alive, times its coefficient
     l0_loss: Float[Tensor, ""]  # active latents, mean over the batch
@@ -357,8 +357,8 @@ class CrossCoder(nn.Module):
 
     def get_pre_acts(self, y: Resids) -> Acts:
         """h = (y - mean) . W_enc, summed over n_layers and d_model, + b_enc, in the compute type. Where
-        mean is 0, as in a new run of relu as published, W_enc sees that of y: what it learns from one row
-        moves h on all, and many latents may end below 0 for good: tests/RESULTS.md, At size."""
+        mean is 0, as in a new run of relu as published, W_enc sees the mean of y: what it learns from one
+        row moves h on all, and many latents may end below 0 for good: tests/RESULTS.md, At size."""
         rows = (y - self.mean).reshape(-1, self.b_dec.numel()).to(self.dtype)  # [rows, n_layers * d_model]
         h, _ = Product.apply(rows, self.W_enc.flatten(0, 1))
         h = h + self.b_enc.to(self.dtype)
@@ -499,8 +499,8 @@ class CrossCoder(nn.Module):
         mean, b_dec, b_enc and the scale of W_enc on these raw activations."""
         if self.as_published:
             return
-        # b_enc puts one of a latent's products with y - mean at its threshold: with relu and jumprelu the one
-        # that a tenth of the rows exceed; else the mean one: as that and the threshold are 0, b_enc stays 0.
+        # b_enc: so that with relu and jumprelu a tenth of the rows exceed a latent's threshold. Else it stays
+        # 0, as a latent's mean product with y - mean is 0, and its threshold, too.
         y = self.normalise(x)
         self.mean.copy_(y.mean(0))
         self.b_dec.copy_(self.mean)
@@ -1028,7 +1028,7 @@ class Trainer:
         self.tokens_since_fired = torch.zeros_like(self.crosscoder.b_enc, dtype=torch.long)
         self.is_dead = torch.zeros_like(self.crosscoder.b_enc, dtype=torch.uint8)  # for AuxK to revive
         self.dead: Int[Tensor, "n_dead"] | None = None  # their numbers, for get_losses
-        self.log_scale = torch.zeros((), device=cfg["device"])  # of relu's coefficient: steer's factor
+        self.log_scale = torch.zeros((), device=cfg["device"])  # log of steer's factor on relu's coefficient
         self.steps_skipped = torch.zeros((), device=cfg["device"])
         self.skipped_in_a_row = torch.zeros((), device=cfg["device"])
         self.history: list[dict] = []  # all that was logged
@@ -1094,11 +1094,12 @@ class Trainer:
 
     @torch.no_grad()
     def steer(self, l0: Float[Tensor, ""], skip: Bool[Tensor, ""]) -> None:
-        """After a batch with this L0, moves all thresholds by one factor, unless skip, so that it comes nearer
-        to cfg["l0"] / rise: while the coefficient rises, L0 falls. Each move is multiplied by rise, as at first
-        L0 is still what the start has left. Adam, which moves a threshold by its rate a step at most, would take
-        too long in a short run; what it learns is which are higher. relu's threshold is -b_enc. Where L0 has to
-        be held up, relu's coefficient is too large, and falls: else it would shrink the decoder to nothing."""
+        """After a batch with this L0, unless skip, moves L0 towards cfg["l0"] / rise, an aim that falls while
+        the coefficient rises. jumprelu: all thresholds are multiplied by (L0 / aim) ** 0.05, or, while little
+        of the coefficient is reached, by less. Adam alone moves one by about its rate a step, too slow for a
+        short run; what it learns is which are higher. relu: each -b_enc moves by the same share. One more
+        thing, as too large a coefficient shrinks the decoder to nothing: it is lowered while L0 is below the
+        aim, and comes back, up to l1_coeff, while L0 is above."""
         rise = self.get_rise()
         error = ~skip * rise * (l0 * rise / self.cfg["l0"]).clamp(min=0.1, max=10).log()
         if self.cfg["activation"] == "jumprelu":
@@ -1171,7 +1172,7 @@ class Trainer:
     def train(self) -> dict[str, float]:
         """Trains to the end; returns the last evaluation. self.stop, once set, is raised after the
         step. Whatever ends it, it saves; but for a FloatingPointError, where loss or gradients of
-        MOST_SKIPPED steps in a row are not finite."""
+        MOST_SKIPPED steps in a row are not finite; of several ranks only after a stop."""
         self.lock.acquire()  # An earlier train() that was stopped has given it back,
         self.optimizer.zero_grad()  # and may have left gradients.
         try:
