@@ -1097,9 +1097,9 @@ class Trainer:
         """After a batch with this L0, unless skip, moves L0 towards cfg["l0"] / rise, an aim that falls while
         the coefficient rises. jumprelu: all thresholds are multiplied by (L0 / aim) ** 0.05, or, while little
         of the coefficient is reached, by less. Adam alone moves one by about its rate a step, too slow for a
-        short run; what it learns is which are higher. relu: each -b_enc moves by the same share. One more
-        thing, as too large a coefficient shrinks the decoder to nothing: it is lowered while L0 is below the
-        aim, and comes back, up to l1_coeff, while L0 is above."""
+        short run; what it learns is which are higher. relu: each -b_enc moves by the same share. A coefficient
+        that is too large would shrink the decoder to nothing: it is lowered while L0 is below the aim, and
+        comes back, up to l1_coeff, while L0 is above."""
         rise = self.get_rise()
         error = ~skip * rise * (l0 * rise / self.cfg["l0"]).clamp(min=0.1, max=10).log()
         if self.cfg["activation"] == "jumprelu":
