@@ -105,17 +105,11 @@ def get_drives(crosscoder: CrossCoder, batches, mean: Tensor) -> Float[Tensor, "
         # h is a sum over sources: each is computed once, and taken out of the whole in its turn.
         parts = torch.bmm((y - y_mean).movedim(1, 0), crosscoder.W_enc)  # [n_layers, row, d_sae]
         h = parts.sum(0) + base
-        acts = activate(crosscoder, h)
+        acts = crosscoder.activate(h)
         squares = squares + acts.square().sum(0)
         changes = changes + torch.stack(
-            [(acts - activate(crosscoder, h - part)).square().sum(0) for part in parts], dim=1)
+            [(acts - crosscoder.activate(h - part)).square().sum(0) for part in parts], dim=1)
     return (changes.sqrt() / (squares.sqrt() + 1e-8)[:, None]).cpu()
-
-def activate(crosscoder: CrossCoder, h: Float[Tensor, "row d_sae"]) -> Float[Tensor, "row d_sae"]:
-    """Pre-activations to activations, as encode has it."""
-    if crosscoder.activation == "topk":
-        return crosscoder.keep(h, *crosscoder.choose(h, crosscoder.cfg["k"]))
-    return h * (h > crosscoder.get_thresholds())
 
 def get_closest(first: CrossCoder, second: CrossCoder) -> Float[Tensor, "d_sae"]:
     """Of each latent of the first the largest cosine that its decoder vector has with one of the second."""
@@ -535,8 +529,8 @@ for latent in sizes.topk(8).indices.tolist():
 # %% Export plain weights, the normalisation folded in
 @torch.no_grad()
 def fold(crosscoder: CrossCoder) -> dict[str, Tensor]:
-    """Plain weights for raw activations: h = x . W_enc + b_enc, acts = h * (h > thresholds), with topk only
-    the k largest h * decoder_norms of them, x_hat = acts . W_dec + b_dec."""
+    """Plain weights for raw activations: h = x . W_enc + b_enc, acts = h * (h > thresholds), of these with
+    topk only the k largest acts * decoder_norms, with batchtopk 8 k, x_hat = acts . W_dec + b_dec."""
     factor = crosscoder.norm_factor[:, None]  # [n_layers, 1]
     product = einops.einsum(crosscoder.mean, crosscoder.W_enc, "l d_model, l d_model d_sae -> d_sae")
     return {

@@ -286,6 +286,9 @@ class CrossCoder(nn.Module):
         self.as_published = cfg["activation"] == "relu" and not cfg.get("l0")
         self.dtype = DTYPES[cfg["enc_dtype"]]
         self.n_models = len(cfg["model_name"])
+        # A row keeps at most so many times k latents. unlike [B24]: batchtopk has a limit, too, as a row a
+        # hundred times as long as others would keep thousands, and come out at a multiple of its length.
+        self.most = 8 if cfg["activation"] == "batchtopk" else 1
         # decode_chosen is sparse where d_sae is at least this many times k; on a GPU as predicted.
         self.sparse_from = 512 if "cuda" in cfg["device"] else 64
         rank, n_ranks = get_ranks()
@@ -367,11 +370,7 @@ class CrossCoder(nn.Module):
     def encode(self, x: Resids) -> Acts:
         """Raw activations to latent activations, in the compute type. No row depends on another.
         Gradients are tracked, as by decode; where none are wanted use torch.no_grad()."""
-        h = self.get_pre_acts(self.normalise(x))
-        if self.activation != "topk":
-            return h * (h > self.get_thresholds())
-        rows = h.reshape(-1, h.shape[-1])
-        return self.keep(rows, *self.choose(rows, self.cfg["k"])).view_as(h)
+        return self.activate(self.get_pre_acts(self.normalise(x)))
 
     def decode(self, acts: Acts) -> Resids:
         """Latent activations to raw reconstructions, in fp32."""
@@ -399,21 +398,29 @@ class CrossCoder(nn.Module):
             return self.threshold / self.get_decoder_norms()  # the threshold is one on scores
         return torch.zeros_like(self.b_enc)
 
+    def activate(self, h: Acts) -> Acts:
+        """Latent activations of pre-activations, in use: those above their thresholds; with topk and
+        batchtopk, at most the k and 8 k largest scores of a row."""
+        if self.activation in ("relu", "jumprelu"):
+            return h * (h > self.get_thresholds())
+        rows = h.reshape(-1, h.shape[-1])
+        k = self.most * self.cfg["k"]
+        places, scores = self.choose(rows, k, k * len(rows))
+        return self.keep(rows, places, scores - self.threshold).view_as(h)
+
     @torch.no_grad()
-    def choose(self, h: Acts, k: int) -> tuple[Int[Tensor, "n"], Float[Tensor, "n"]]:
-        """topk: the k largest scores of each row; batchtopk [B24]: of all rows, k a row on average.
+    def choose(self, h: Acts, most: int, total: int) -> tuple[Int[Tensor, "n"], Float[Tensor, "n"]]:
+        """The `most` largest scores of each row; if they are more, the `total` largest of these [B24].
         -> their places in h.flatten(), row after row, in any order within one; these scores, at least
         0, or -inf where other ranks have larger ones"""
         rows, d_sae = h.shape
-        # unlike [B24]: no row keeps more than 8 k, so that the second topk below has less to sort
-        most = 8 * k if self.activation == "batchtopk" else k
         scores = h * self.get_decoder_norms().to(h.dtype)
         scores, latents = scores.topk(min(most, d_sae), sorted=False)  # [rows, most]
         row_starts = torch.arange(rows, device=h.device)[:, None] * d_sae
         places = (row_starts + latents).flatten()
-        scores = cut(F.relu(scores), most, k * rows).flatten()
-        if self.activation == "batchtopk":
-            chosen = scores.topk(min(k * rows, len(scores)), sorted=False).indices.sort().values
+        scores = cut(F.relu(scores), most, total).flatten()
+        if total < len(scores):
+            chosen = scores.topk(total, sorted=False).indices.sort().values
             return places[chosen], scores[chosen]
         return places, scores
 
@@ -442,7 +449,8 @@ class CrossCoder(nn.Module):
             l1_loss = active @ self.penalty / batch
             aux_loss = 3e-6 * inactive.sum() / batch  # [J25]
         else:
-            places, scores = self.choose(h, k or self.cfg["k"])
+            k = k or self.cfg["k"]
+            places, scores = self.choose(h, self.most * k, k * len(h))
             y_hat, fired = self.decode_chosen(h, places, scores)
             l1_loss = F.relu(scores).sum(dtype=torch.float32) / batch
         l1_loss, aux_loss, l0_loss = sum_ranks(torch.stack([l1_loss, aux_loss, fired.sum() / batch]))
@@ -529,9 +537,10 @@ class CrossCoder(nn.Module):
         over batches of these raw activations."""
         if self.activation == "batchtopk":
             lowest = []
+            k = self.cfg["k"]
             for rows in x.split(self.cfg["batch_size"]):
                 h = self.get_pre_acts(self.normalise(rows))
-                _, scores = self.choose(h, self.cfg["k"])
+                _, scores = self.choose(h, self.most * k, k * len(h))
                 scores = scores.masked_fill(scores < 0, math.inf)  # those that are not kept
                 lowest.append(gather(scores.amin(0, keepdim=True)).min().float())
             self.threshold.copy_(torch.stack(lowest).mean())
@@ -1097,9 +1106,9 @@ class Trainer:
         """After a batch with this L0, unless skip, moves L0 towards cfg["l0"] / rise, an aim that falls while
         the coefficient rises. jumprelu: all thresholds are multiplied by (L0 / aim) ** 0.05, or, while little
         of the coefficient is reached, by less. Adam alone moves one by about its rate a step, too slow for a
-        short run; what it learns is which are higher. relu: each -b_enc moves by the same share. A coefficient
-        that is too large would shrink the decoder to nothing: it is lowered while L0 is below the aim, and
-        comes back, up to l1_coeff, while L0 is above."""
+        short run; what it learns is which are higher. relu: each -b_enc moves by the same share. Too large a
+        coefficient would shrink the decoder to nothing: it is lowered while L0 is below the aim, and comes
+        back, up to l1_coeff, while L0 is above."""
         rise = self.get_rise()
         error = ~skip * rise * (l0 * rise / self.cfg["l0"]).clamp(min=0.1, max=10).log()
         if self.cfg["activation"] == "jumprelu":

@@ -177,7 +177,7 @@ def test_sparse_and_dense_decoding_are_the_same(activation, monkeypatch):
     (sparse.l2_loss).backward()
     y = other.normalise(x)
     h = other.get_pre_acts(y)
-    dense = other.keep(h, *other.choose(h, 4))
+    dense = other.keep(h, *other.choose(h, other.most * 4, 4 * 50))
     (other.normalise(other.decode(dense)) - y).pow(2).sum().div(50).backward()
     for (name, a), b in zip(one.named_parameters(), other.parameters()):
         assert torch.allclose(a.grad, b.grad, rtol=1e-4, atol=1e-4), name
@@ -189,7 +189,7 @@ def test_topk_keeps_k_a_row_and_batchtopk_k_a_row_on_average():
         crosscoder = crosscoder_for(activation, dict_size=64, k=4)
         crosscoder.b_enc.data += 3  # so that enough are positive
         h = crosscoder.get_pre_acts(x)
-        places, scores = crosscoder.choose(h, 4)
+        places, scores = crosscoder.choose(h, crosscoder.most * 4, 4 * 200)
         acts = crosscoder.keep(h, places, scores)
         assert torch.equal(scores.sort().values, (acts * crosscoder.get_decoder_norms()).flatten()[places].sort().values)
         assert (acts > 0).sum() == 4 * 200 == len(places.unique())
@@ -205,6 +205,20 @@ def test_a_row_does_not_depend_on_the_batch_it_is_in(activation):
     acts = crosscoder.encode(x)
     assert acts.any() and torch.allclose(torch.cat([crosscoder.encode(row[None]) for row in x]), acts, atol=1e-6)
     assert torch.equal(crosscoder.encode(x.view(4, 10, 3, 5)), acts.view(4, 10, -1))
+
+
+def test_of_a_row_batchtopk_keeps_no_more_in_use_than_in_training():
+    crosscoder, x = crosscoder_for("batchtopk", dict_size=256), data(40)
+    crosscoder.fit_threshold(data(100, seed=3))
+    before = crosscoder.encode(x)
+    x[7] *= 1000
+    h = crosscoder.get_pre_acts(crosscoder.normalise(x))
+    acts, passing = crosscoder.encode(x), h > crosscoder.get_thresholds()
+    assert (acts[7] > 0).sum() == 8 * 3 < 50 < passing[7].sum()
+    scores = h[7] * crosscoder.get_decoder_norms()
+    assert torch.equal((acts[7] > 0).nonzero().flatten(), scores.topk(24).indices.sort().values)
+    others = torch.arange(40) != 7
+    assert torch.equal(acts[others], before[others]) and torch.equal(acts[others] > 0, passing[others])
 
 
 @pytest.mark.parametrize("activation", ALL)
