@@ -30,7 +30,7 @@ def test_rows_are_trained_on_the_same_batches_and_a_mask_is_for_training_alone(m
     assert [results[1][key] for key in keys] == [results[0][key] for key in keys]
     assert results[2]["fvu/all"] > 1.02 * results[0]["fvu/all"]
     head, line, *lines, _, _, plain, _, _ = trials.table(results).split("\n")
-    assert len(lines) == 3 and line.count("|") == head.count("|") == 10
+    assert len(lines) == 3 and line.count("|") == head.count("|") == 9
     assert all(len(result["growth"]) == 10 for result in results)
     dead = (results[0]["growth"][-1] + results[3]["growth"][-1]) / 2
     assert plain.startswith("plain: ") and plain.endswith(f" {dead:.1%}") and 0 <= results[0]["rare"] < 1
