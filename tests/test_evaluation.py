@@ -174,7 +174,7 @@ def write_as_earlier_versions(folder):
     for key, value in cfg.items():
         if isinstance(value, list):
             cfg[key] = ",".join(map(str, value))
-    cfg |= {"layers": cfg["layers"] or "all", "norm": "estimate", "loss_weights": "", "ignore_tokens": ""}
+    cfg |= {"layers": cfg["layers"] or "all", "norm": "estimate", "loss_weights": "", "ignore_tokens": "", "outlier_norm": 20.0}
     for key, activations in USED_BY.items():
         if cfg["activation"] not in activations:
             del cfg[key]
