@@ -764,7 +764,7 @@ for name, other in (("the first and itself", models[0]), ("the first, shuffled",
     with torch.enable_grad():
         for _ in tqdm.trange(trainer.total_steps, desc=name):
             trainer.step()
-    trainer.crosscoder.fit_threshold(trainer.peek())
+    trainer.crosscoder.fit_threshold(trainer.buffer.peek())
     results[name] = get_exclusive(trainer.crosscoder, trainer.models, held_out, cfg)
 print("models: active latents, candidates, exclusive ones")
 for name, result in results.items():

@@ -381,10 +381,9 @@ def check(cfg: dict) -> None:
             raise bad(key, cfg[key], f"not divisible by the {n_ranks} ranks")
     if n_ranks > 1 and cfg["device"] not in ("cpu", f"cuda:{os.environ['LOCAL_RANK']}"):
         raise bad("device", cfg["device"], "each rank has its own; give auto")
-    if "topk" in cfg["activation"] and cfg["k"] > d_sae:
-        raise bad("k", cfg["k"], f"more than dict_size={d_sae}")
-    if cfg["l0"] > d_sae:
-        raise bad("l0", cfg["l0"], f"more than dict_size={d_sae}")
+    sparsity = "k" if "topk" in cfg["activation"] else "l0"
+    if cfg[sparsity] > d_sae:
+        raise bad(sparsity, cfg[sparsity], f"more than dict_size={d_sae}")
     if cfg["init_from"] and cfg["norm"]:
         raise bad("norm", cfg["norm"], "init_from brings its own; give none")
     if len(set(cfg["layers"])) < len(cfg["layers"]):

@@ -269,8 +269,7 @@ def get_jump_losses(h: Acts, acts: Acts, log_threshold: Acts, norms: Acts) -> tu
 def compare(y_hat: Resids, b_dec: Resids, y: Resids) -> tuple[Resids, Tensor, Tensor]:
     """-> the error of y_hat + b_dec; its squares, and those of y's distance from the mean, summed"""
     error = y_hat + b_dec - y
-    variance = (y - y.mean(0)).norm(dim=-1).pow(2).sum()  # norm makes no tensor of squares
-    return error, error.pow(2).sum(), variance
+    return error, error.pow(2).sum(), (y - y.mean(0)).norm(dim=-1).pow(2).sum()
 
 
 class CrossCoder(nn.Module):
@@ -404,16 +403,16 @@ class CrossCoder(nn.Module):
         if self.activation in ("relu", "jumprelu"):
             return h * (h > self.get_thresholds())
         rows = h.reshape(-1, h.shape[-1])
-        k = self.most * self.cfg["k"]
-        places, scores = self.choose(rows, k, k * len(rows))
+        places, scores = self.choose(rows, self.cfg["k"], rows.numel())
         return self.keep(rows, places, scores - self.threshold).view_as(h)
 
     @torch.no_grad()
-    def choose(self, h: Acts, most: int, total: int) -> tuple[Int[Tensor, "n"], Float[Tensor, "n"]]:
-        """The `most` largest scores of each row; if they are more, the `total` largest of these [B24].
-        -> their places in h.flatten(), row after row, in any order within one; these scores, at least
-        0, or -inf where other ranks have larger ones"""
+    def choose(self, h: Acts, k: int, total: int) -> tuple[Int[Tensor, "n"], Float[Tensor, "n"]]:
+        """The k largest scores of each row, or with batchtopk 8 k; if they are more than total, the total
+        largest of these [B24]. -> their places in h.flatten(), row after row, in any order within one; these
+        scores, at least 0, or -inf where other ranks have larger ones"""
         rows, d_sae = h.shape
+        most = self.most * k
         scores = h * self.get_decoder_norms().to(h.dtype)
         scores, latents = scores.topk(min(most, d_sae), sorted=False)  # [rows, most]
         row_starts = torch.arange(rows, device=h.device)[:, None] * d_sae
@@ -450,7 +449,7 @@ class CrossCoder(nn.Module):
             aux_loss = 3e-6 * inactive.sum() / batch  # [J25]
         else:
             k = k or self.cfg["k"]
-            places, scores = self.choose(h, self.most * k, k * len(h))
+            places, scores = self.choose(h, k, k * len(h))
             y_hat, fired = self.decode_chosen(h, places, scores)
             l1_loss = F.relu(scores).sum(dtype=torch.float32) / batch
         l1_loss, aux_loss, l0_loss = sum_ranks(torch.stack([l1_loss, aux_loss, fired.sum() / batch]))
@@ -537,10 +536,9 @@ class CrossCoder(nn.Module):
         over batches of these raw activations."""
         if self.activation == "batchtopk":
             lowest = []
-            k = self.cfg["k"]
             for rows in x.split(self.cfg["batch_size"]):
                 h = self.get_pre_acts(self.normalise(rows))
-                _, scores = self.choose(h, self.most * k, k * len(h))
+                _, scores = self.choose(h, self.cfg["k"], self.cfg["k"] * len(h))
                 scores = scores.masked_fill(scores < 0, math.inf)  # those that are not kept
                 lowest.append(gather(scores.amin(0, keepdim=True)).min().float())
             self.threshold.copy_(torch.stack(lowest).mean())
@@ -551,19 +549,15 @@ class CrossCoder(nn.Module):
         """Takes over another's weights, normalisation, mean and thresholds. Of a one-model crosscoder each of
         several models gets the decoder, and its share of the encoder: of models that are alike, all but
         exclusive latents stay as active as they were. ValueError, naming the key, where they do not fit."""
-        wanted, found = [{
-            "n_models": each.n_models, "d_model": each.b_dec.shape[1],
-            "layers": each.cfg["layers"] or [*range(len(each.b_dec) // each.n_models)],
-            **{key: each.cfg[key] for key in ("site", "center", "dict_size", "activation")},
-        } for each in (self, parent)]
         weights = parent.state_dict()
-        if parent.n_models == 1:
-            found["n_models"] = self.n_models
-            for key, axis in (("W_enc", 0), ("W_dec", 1), ("b_dec", 0), ("norm_factor", 0), ("mean", 0)):
-                weights[key] = torch.cat([weights[key]] * self.n_models, axis)
-            weights["W_enc"] /= self.n_models
-            weights["threshold"] = weights["threshold"] * self.n_models  # as decoder norms are summed
-        for key in wanted:
+        copies = self.n_models if parent.n_models == 1 else 1
+        for key, axis in (("W_enc", 0), ("W_dec", 1), ("b_dec", 0), ("norm_factor", 0), ("mean", 0)):
+            weights[key] = torch.cat([weights[key]] * copies, axis)
+        weights["W_enc"] /= copies
+        weights["threshold"] = weights["threshold"] * copies  # as decoder norms are summed
+        found = {**parent.cfg, "n_models": parent.n_models * copies, "W_enc": [*weights["W_enc"].shape]}
+        wanted = {**self.cfg, "n_models": self.n_models, "W_enc": [*self.W_enc.shape]}
+        for key in ("activation", "site", "layers", "center", "n_models", "W_enc"):
             if found[key] != wanted[key]:
                 raise bad("init_from", self.cfg["init_from"], f"its {key} is {found[key]}, not {wanted[key]}")
         self.load_state_dict(weights)
@@ -723,9 +717,9 @@ class Buffer:
         return x.to(self.cfg["device"], non_blocking=self.pinned)
 
     def peek(self) -> Resids:
-        """The rows of the next four batches, or of as many as are left, without serving them."""
+        """All ranks' rows of the next four batches, or of as many as are left, without serving them."""
         slots = self.order[self.pointer : self.pointer + 4 * self.cfg["batch_size"]]
-        return self.buffer[slots].to(self.cfg["device"])
+        return gather(self.buffer[slots].to(self.cfg["device"]))
 
     def start_at(self, seq: int) -> None:
         """Fills an empty buffer from this sequence on."""
@@ -1027,10 +1021,9 @@ class Trainer:
         # Adam moves any number by about its rate. unlike [J25]: thresholds learn at no less, or in a
         # short run they hardly move. b_enc, but for relu as published, learns at 20 times the rate, as
         # nothing else moves h on all rows: tests/RESULTS.md, At size.
-        groups = []
-        for name, parameter in self.crosscoder.named_parameters():
-            is_fast = name == "b_enc" and not self.crosscoder.as_published
-            groups.append({"params": [parameter], "scale": 20.0 if is_fast else 1.0})
+        scales = {} if self.crosscoder.as_published else {"b_enc": 20.0}
+        parameters = self.crosscoder.named_parameters()
+        groups = [{"params": [p], "scale": scales.get(name, 1.0)} for name, p in parameters]
         self.optimizer = torch.optim.Adam(groups, cfg["lr"], betas=(cfg["beta1"], cfg["beta2"]), fused=True)
         self.step_counter = 0
         self.total_steps = cfg["num_tokens"] // cfg["batch_size"]
@@ -1061,7 +1054,7 @@ class Trainer:
             return  # normalised and calibrated as its parent
         if not cfg["norm"]:
             self.crosscoder.norm_factor.copy_(self.get_norm_factor())
-        self.crosscoder.calibrate(self.peek())
+        self.crosscoder.calibrate(self.buffer.peek())
 
     def get_norm_factor(self) -> Float[Tensor, "n_layers"]:
         """E||x|| / sqrt(d_model) of each source, over the rows in the buffer."""
@@ -1071,10 +1064,6 @@ class Trainer:
         if not (norms.isfinite() & (norms > 0)).all():
             raise bad("site", self.cfg["site"], "its activations are all 0, or not finite")
         return norms / len(rows) / math.sqrt(rows.shape[-1])
-
-    def peek(self) -> Resids:
-        """Rows that are soon to be trained on, of all ranks."""
-        return gather(self.buffer.peek())
 
     # ---- Trainer: schedules
     def get_lr(self) -> float:
@@ -1087,14 +1076,12 @@ class Trainer:
         """The share of the sparsity coefficient that is reached. relu: from 0 to 1 over the first 5% of the
         steps [A24]. jumprelu: over all steps [J25]. With an l0: over 35%, at first where l0 / rise, which
         steer aims at, is the tenth of all latents that calibrate leaves active; of a child run at once."""
-        start = 0.0
-        span = 0.05 if self.cfg["activation"] == "relu" else 1.0
+        progress = self.step_counter / self.total_steps
         if self.cfg["l0"]:
-            start = 10 * self.cfg["l0"] / self.cfg["dict_size"]
-            span = 0.35
-            if self.cfg["init_from"]:
-                start = 1.0
-        return min(1.0, max(start, self.step_counter / self.total_steps / span))
+            start = 1.0 if self.cfg["init_from"] else 10 * self.cfg["l0"] / self.cfg["dict_size"]
+            return min(1.0, max(start, progress / 0.35))
+        span = 0.05 if self.cfg["activation"] == "relu" else 1.0
+        return min(1.0, progress / span)
 
     def get_l1_coeff(self) -> float | Tensor:
         """The sparsity penalty's coefficient; with an l0 a tensor, relu's scaled by what steer has found."""
@@ -1176,7 +1163,7 @@ class Trainer:
 
     def evaluate(self) -> dict[str, float]:
         """evaluate() on the held-out sequences, and the share of latents that are dead."""
-        self.crosscoder.fit_threshold(self.peek())  # never on the text that is scored
+        self.crosscoder.fit_threshold(self.buffer.peek())  # never on the text that is scored
         dead = (self.tokens_since_fired >= self.cfg["dead_after"]).float().mean()
         metrics = evaluate(self.crosscoder, self.models, self.eval_tokens, self.cfg)
         return {**metrics, "sparsity/dead": sum_ranks(dead).item() / self.n_ranks}
@@ -1279,7 +1266,7 @@ class Trainer:
         """Writes this step's checkpoint, save_dir/version_N/step_NNNNNNN, unless it is there, and the
         log; removes all but the newest cfg["keep"]. -> the folder, or None where it cannot write"""
         path = self.run_dir / f"step_{self.step_counter:07d}"
-        self.crosscoder.fit_threshold(self.peek())
+        self.crosscoder.fit_threshold(self.buffer.peek())
         state = {name: getattr(self, name) for name in self.STATE}
         state |= {f"buffer.{key}": value for key, value in self.buffer.state_dict().items()}
         for name, parameter in self.crosscoder.named_parameters():

@@ -97,7 +97,7 @@ def run(name: str, seed: int, get_exclusive, **overrides) -> dict:
     for _ in range(trainer.total_steps):
         trainer.step()
     crosscoder = trainer.crosscoder
-    crosscoder.fit_threshold(trainer.peek())
+    crosscoder.fit_threshold(trainer.buffer.peek())
     with torch.no_grad():
         stats = get_stats(crosscoder, models, trainer.eval_tokens, cfg)
         table = get_exclusive(crosscoder, models, trainer.eval_tokens, cfg)

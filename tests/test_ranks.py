@@ -120,7 +120,7 @@ def twenty_steps(argv):
             patch.setattr(utils, "step_adam", lambda optimizer, norm, skip: step_adam(optimizer, norm.float(), skip))  # it must be
             metrics = [{key: float(value) for key, value in trainer.step().items()} for _ in range(20)]
         trained = join(crosscoder)
-        x = gather(trainer.buffer.peek().to(dtype))
+        x = trainer.buffer.peek().to(dtype)
         kept = gather(crosscoder.get_losses(x, 8).fired)
         acts = gather(crosscoder.encode(x).T.contiguous())
         results[activation, dtype] = {

@@ -123,7 +123,7 @@ def test_relu_starts_calibrated_only_where_an_l0_is_given(cfg, models, tokens):
     for l0 in (0.0, 20.0):
         trainer = Trainer({**cfg, "activation": "relu", "l0": l0}, models, tokens[:60])
         assert (trainer.crosscoder.mean == 0).all() == (l0 == 0)
-        losses = trainer.crosscoder.get_losses(trainer.peek())
+        losses = trainer.crosscoder.get_losses(trainer.buffer.peek())
         fvus.append(losses.fvu.item())
     assert fvus[1] < 0.9 < 1 < fvus[0] and losses.l0_loss.item() == pytest.approx(25.6, rel=0.01)  # a tenth of 256
 
@@ -156,7 +156,7 @@ def test_a_run_begins_where_another_has_ended(cfg, models, tokens, tmp_path, act
     child = Trainer({**cfg, "init_from": path, "seed": 7}, models, tokens[:60])
     runs = len(list(parent.run_dir.parent.glob("version_*")))
     assert child.step_counter == 0 and child.history == [] and not child.optimizer.state
-    x = child.peek()
+    x = child.buffer.peek()
     assert torch.equal(child.crosscoder(x), parent.crosscoder(x))
     assert child.crosscoder.mean.any() == (activation != "relu")  # W_enc of relu as published reads y as it is
     assert child.crosscoder.cfg["init_from"] == path
@@ -165,7 +165,7 @@ def test_a_run_begins_where_another_has_ended(cfg, models, tokens, tmp_path, act
         assert child.get_rise() < 0.6
         child.cfg = {**child.cfg, "l0": 8.0}  # which may be its L0 already
         assert child.get_rise() == 1
-    for overrides, said in (({"dict_size": 128}, "dict_size is 256, not 128"), ({"layers": [1, 2]}, r"layers is \[0, 1, 2, 3\], not \[1, 2\]"),
+    for overrides, said in (({"dict_size": 128}, r"W_enc is \[4, 128, 256\], not \[4, 128, 128\]"), ({"layers": [1, 2]}, r"layers is \[\], not \[1, 2\]"),
                             ({"activation": "topk" if activation == "relu" else "relu"}, "activation is "), ({"center": True}, "center is False")):
         with pytest.raises(ValueError, match=f"^init_from='{path}': its {said}"):
             Trainer({**cfg, "init_from": path, **overrides}, models, tokens[:60])

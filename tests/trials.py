@@ -75,7 +75,7 @@ def calibrate(trainer: Trainer) -> None:
     """relu without an l0 starts with mean, biases and scale fitted to the first rows, too."""
     crosscoder = trainer.crosscoder
     crosscoder.as_published = False
-    crosscoder.calibrate(trainer.peek())
+    crosscoder.calibrate(trainer.buffer.peek())
     for group in trainer.optimizer.param_groups:
         if group["params"][0] is crosscoder.b_enc:
             group["scale"] = 20.0
