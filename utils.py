@@ -73,15 +73,16 @@ def gather(x: Float[Tensor, "n ..."]) -> Float[Tensor, "all ..."]:
 
 
 def sum_ranks(x: Tensor) -> Tensor:
-    """The sum of all ranks' x, in fp32. All make the same loss of it, and d sum / d x is 1: so this rank's
-    x has the sum's gradient, with nothing to add up. Autograd sees the copy, not what fills .data."""
+    """The sum of all ranks' x, in fp32 if they are several. All make the same loss of it, and d sum / d x
+    is 1: so this rank's x has the sum's gradient, with nothing to add up. Autograd sees the copy, not what
+    fills .data."""
     if get_ranks()[1] > 1:
         x = x.to(torch.promote_types(x.dtype, torch.float32), copy=True)
         dist.all_reduce(x.data)
     return x
 
 
-def cut(scores: Float[Tensor, "rows n"], most: int, total: int) -> Float[Tensor, "rows n"]:
+def cut(scores: Float[Tensor, "rows n"], most: int, total: float) -> Float[Tensor, "rows n"]:
     """The largest scores of each row that a rank has, with -inf for those that are not kept. Of a row the
     `most` largest that any rank has are kept; and of these, if they are more, the `total` largest."""
     rank, n_ranks = get_ranks()
@@ -403,11 +404,11 @@ class CrossCoder(nn.Module):
         if self.activation in ("relu", "jumprelu"):
             return h * (h > self.get_thresholds())
         rows = h.reshape(-1, h.shape[-1])
-        places, scores = self.choose(rows, self.cfg["k"], rows.numel())
+        places, scores = self.choose(rows, self.cfg["k"], math.inf)
         return self.keep(rows, places, scores - self.threshold).view_as(h)
 
     @torch.no_grad()
-    def choose(self, h: Acts, k: int, total: int) -> tuple[Int[Tensor, "n"], Float[Tensor, "n"]]:
+    def choose(self, h: Acts, k: int, total: float) -> tuple[Int[Tensor, "n"], Float[Tensor, "n"]]:
         """The k largest scores of each row, or with batchtopk 8 k; if they are more than total, the total
         largest of these [B24]. -> their places in h.flatten(), row after row, in any order within one; these
         scores, at least 0, or -inf where other ranks have larger ones"""
@@ -539,7 +540,7 @@ class CrossCoder(nn.Module):
             for rows in x.split(self.cfg["batch_size"]):
                 h = self.get_pre_acts(self.normalise(rows))
                 _, scores = self.choose(h, self.cfg["k"], self.cfg["k"] * len(h))
-                scores = scores.masked_fill(scores < 0, math.inf)  # those that are not kept
+                scores = scores.masked_fill(scores < 0, math.inf)  # where others' are larger
                 lowest.append(gather(scores.amin(0, keepdim=True)).min().float())
             self.threshold.copy_(torch.stack(lowest).mean())
 
@@ -1018,8 +1019,8 @@ class Trainer:
         self.buffer = buffer or Buffer(cfg | share, models, tokens)
         n_layers, d_model = self.buffer.buffer.shape[1:]
         self.crosscoder = CrossCoder({**cfg, "resume": ""}, n_layers, d_model)  # its cfg.json is for anyone
-        # Adam moves any number by about its rate. unlike [J25]: thresholds learn at no less, or in a
-        # short run they hardly move. b_enc, but for relu as published, learns at 20 times the rate, as
+        # Adam moves any number by about its rate. unlike [J25]: thresholds learn at the full rate, or in
+        # a short run they hardly move. b_enc, but for relu as published, learns at 20 times the rate, as
         # nothing else moves h on all rows: tests/RESULTS.md, At size.
         scales = {} if self.crosscoder.as_published else {"b_enc": 20.0}
         parameters = self.crosscoder.named_parameters()
@@ -1074,8 +1075,8 @@ class Trainer:
 
     def get_rise(self) -> float:
         """The share of the sparsity coefficient that is reached. relu: from 0 to 1 over the first 5% of the
-        steps [A24]. jumprelu: over all steps [J25]. With an l0: over 35%, at first where l0 / rise, which
-        steer aims at, is the tenth of all latents that calibrate leaves active; of a child run at once."""
+        steps [A24]. jumprelu: over all steps [J25]. With an l0: over 35%, never below where l0 / rise, which
+        steer aims at, is the tenth of all latents that calibrate leaves active; of a child all at once."""
         progress = self.step_counter / self.total_steps
         if self.cfg["l0"]:
             start = 1.0 if self.cfg["init_from"] else 10 * self.cfg["l0"] / self.cfg["dict_size"]
@@ -1094,9 +1095,9 @@ class Trainer:
         """After a batch with this L0, unless skip, moves L0 towards cfg["l0"] / rise, an aim that falls while
         the coefficient rises. jumprelu: all thresholds are multiplied by (L0 / aim) ** 0.05, or, while little
         of the coefficient is reached, by less. Adam alone moves one by about its rate a step, too slow for a
-        short run; what it learns is which are higher. relu: each -b_enc moves by the same share. Too large a
-        coefficient would shrink the decoder to nothing: it is lowered while L0 is below the aim, and comes
-        back, up to l1_coeff, while L0 is above."""
+        short run; what it learns is which are higher. relu: each b_enc moves by such a share of its size. A
+        coefficient that is too large would shrink the decoder to nothing: it is lowered while L0 is below
+        the aim, and comes back, up to l1_coeff, while L0 is above."""
         rise = self.get_rise()
         error = ~skip * rise * (l0 * rise / self.cfg["l0"]).clamp(min=0.1, max=10).log()
         if self.cfg["activation"] == "jumprelu":

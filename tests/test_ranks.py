@@ -68,7 +68,7 @@ class Fixed:
         pass
 
     def peek(self):
-        return self.batches[0]
+        return gather(self.batches[0])
 
     def next(self):
         self.rows_served += 1
@@ -122,7 +122,9 @@ def twenty_steps(argv):
         trained = join(crosscoder)
         x = trainer.buffer.peek().to(dtype)
         kept = gather(crosscoder.get_losses(x, 8).fired)
-        acts = gather(crosscoder.encode(x).T.contiguous())
+        # Rows that are long enough to reach batchtopk's limit, which is more latents than one of four ranks has.
+        crosscoder.cfg = {**crosscoder.cfg, "k": 16}
+        acts = gather(crosscoder.encode(torch.cat([x, 100 * x])).T.contiguous())
         results[activation, dtype] = {
             "start": calibrated, "metrics": metrics, "trained": trained, "sent": counted.sent, "kept": kept.cpu(), "acts": acts.cpu()}
     if get_ranks()[0] == 0:
@@ -178,6 +180,8 @@ def test_ranks_keep_exactly_what_one_process_keeps(results, activation, n):
     assert torch.equal(one["kept"], many["kept"]) and torch.equal(one["acts"] > 0, many["acts"] > 0)
     if "topk" in activation:
         assert one["kept"].sum() == 8 * 64
+    if activation == "batchtopk":
+        assert (one["acts"] > 0).sum(0).max() == 8 * 16
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
