@@ -179,8 +179,7 @@ DEVICES = ["device", "buffer_device", "model_device"]
 MOST = 2**53  # above it floats, which all numbers are read as, leave out whole numbers
 LIMITS = {  # of numbers: the least; what they must be below; both in words. All others: above 0
     **dict.fromkeys(
-        ["seed", "l1_coeff", "l0", "aux_coeff", "n_shared", "n_exclusive"],
-        (0, MOST, "of at least 0")),
+        ["seed", "l1_coeff", "l0", "aux_coeff", "n_shared", "n_exclusive"], (0, MOST, "of at least 0")),
     **dict.fromkeys(["seq_len", "buffer_mult"], (2, MOST, "of at least 2")),
     **dict.fromkeys(["beta1", "beta2"], (1e-300, 1, "above 0 and below 1")),
 }

@@ -31,8 +31,7 @@ SPARSITIES = {  # chosen so that the L0 overlap
 COLOURS = {"relu": "#777777", "topk": "#3b528b", "batchtopk": "#21918c", "jumprelu": "#d1603d"}
 COLUMNS = {
     "fvu/all": "FVU", "ce/delta_all": "CE delta (nats)", "sparsity/dead": "dead share",
-    "span": "layers a latent spans"}
-
+    "stable": "share found by another seed"}
 
 SCRATCH = functions_of_scratch()
 
@@ -73,7 +72,7 @@ def table(rows: list[dict]) -> str:
             if not runs:
                 continue
             mean = {}
-            for name in (*COLUMNS, "sparsity/l0", "coherence"):
+            for name in (*COLUMNS, "sparsity/l0", "span", "coherence"):
                 mean[name] = np.mean([row[name] for row in runs])
             fvu = f"{mean['fvu/all']:.4f}"
             if len(runs) > 1:
@@ -82,7 +81,7 @@ def table(rows: list[dict]) -> str:
             lines.append(
                 f"| {activation} | {key}={value} | {mean['sparsity/l0']:.1f} | {fvu} | "
                 f"{mean['ce/delta_all']:+.3f} | {mean['sparsity/dead']:.1%} | {mean['span']:.2f} | "
-                f"{mean['coherence']:.2f} | {get_stability(runs):.1%} |")
+                f"{mean['coherence']:.2f} | {mean['stable']:.1%} |")
     return "\n".join(lines)
 
 
@@ -138,7 +137,12 @@ def main(argv: list[str]) -> None:
             rows.append({**row, **look(trainer), "folder": str(trainer.run_dir)})
             with open(file, "a") as log:
                 log.write(json.dumps(rows[-1]) + "\n")
-        draw(rows).write_html(args.out / "frontier.html")
+    for activation, value in {(row["activation"], row["value"]) for row in rows}:
+        runs = [row for row in rows if (row["activation"], row["value"]) == (activation, value)]
+        stable = get_stability(runs)
+        for row in runs:
+            row["stable"] = stable
+    draw(rows).write_html(args.out / "frontier.html")
     print(table(rows))
 
 
