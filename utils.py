@@ -282,7 +282,7 @@ class CrossCoder(nn.Module):
         super().__init__()
         self.cfg = cfg
         self.activation = cfg["activation"]
-        # How it starts, and how fast b_enc learns; an earlier version's cfg has no l0.
+        # How it starts; an earlier version's cfg has no l0.
         self.as_published = cfg["activation"] == "relu" and not cfg.get("l0")
         self.dtype = DTYPES[cfg["enc_dtype"]]
         self.n_models = len(cfg["model_name"])
@@ -300,7 +300,7 @@ class CrossCoder(nn.Module):
         for _ in range(rank + 1):  # as one process draws them: those of earlier ranks, then its own
             W_dec = torch.randn(d_sae, n_layers // self.n_models, d_model, generator=generator)
         W_dec = W_dec.repeat(1, self.n_models, 1)
-        if self.activation == "relu":
+        if self.as_published:
             init_norm = cfg["dec_init_norm"]  # unlike [A24]: at each source [N24], not of all
         else:
             init_norm = 3**-0.5 / n_layers  # [J25]
@@ -1020,9 +1020,10 @@ class Trainer:
         n_layers, d_model = self.buffer.buffer.shape[1:]
         self.crosscoder = CrossCoder({**cfg, "resume": ""}, n_layers, d_model)  # its cfg.json is for anyone
         # Adam moves any number by about its rate. unlike [J25]: thresholds learn at the full rate, or in
-        # a short run they hardly move. b_enc, but for relu as published, learns at 20 times the rate, as
-        # nothing else moves h on all rows: tests/RESULTS.md, At size.
-        scales = {} if self.crosscoder.as_published else {"b_enc": 20.0}
+        # a short run they hardly move. b_enc, but for relu, learns at 20 times the rate, as nothing else
+        # moves h on all rows: tests/RESULTS.md, At size. With relu steer does; and a faster one lets
+        # latents die under a weak penalty: the same, An L0 to aim at.
+        scales = {} if cfg["activation"] == "relu" else {"b_enc": 20.0}
         parameters = self.crosscoder.named_parameters()
         groups = [{"params": [p], "scale": scales.get(name, 1.0)} for name, p in parameters]
         self.optimizer = torch.optim.Adam(groups, cfg["lr"], betas=(cfg["beta1"], cfg["beta2"]), fused=True)

@@ -76,9 +76,6 @@ def calibrate(trainer: Trainer) -> None:
     crosscoder = trainer.crosscoder
     crosscoder.as_published = False
     crosscoder.calibrate(trainer.buffer.peek())
-    for group in trainer.optimizer.param_groups:
-        if group["params"][0] is crosscoder.b_enc:
-            group["scale"] = 20.0
 
 
 def aim_by_loss(trainer: Trainer, weight: float) -> None:
@@ -108,7 +105,7 @@ K = {"activation": "batchtopk", "k": 32}
 RELU = {"activation": "relu", "l0": 32}
 JUMP = {"activation": "jumprelu", "l0": 32}
 K_54 = K | {"k": 54}  # on SmolLM2
-RELU_54 = RELU | {"l0": 54, "dec_init_norm": 0.03}
+RELU_54 = RELU | {"l0": 54, "dec_init_norm": 0.03}  # the norm of those that have no l0
 JUMP_54 = JUMP | {"l0": 54, "l0_coeff": 0.6}
 TRIALS = {
     "l0": [
