@@ -59,7 +59,7 @@ KEYS = {  # key: (default, comment); default_cfg and --help are made of this
     "dict_size": (2**14, "latents"),
     "enc_dtype": ("auto", "compute type, fp32 or bf16; auto is bf16 if it is fast. Weights are fp32"),
     "activation": ("relu", "which latents are active: relu, topk, batchtopk or jumprelu"),
-    "dec_init_norm": (0.005, "relu without an l0: initial norm of each latent's decoder vector at each source"),
+    "dec_init_norm": (0.005, "relu without an l0: initial norm of a latent's decoder vector at each source"),
     "l1_coeff": (2.0, "relu: sparsity penalty after its warm-up, with an l0 at most"),
     "k": (64, "topk, batchtopk: active latents a token, for batchtopk on average; 8 k at first"),
     "l0": (0.0, "relu, jumprelu: active latents a token to aim at; their coefficients then matter less"),

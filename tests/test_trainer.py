@@ -125,6 +125,9 @@ def test_relu_starts_calibrated_only_where_an_l0_is_given(cfg, models, tokens):
         assert (trainer.crosscoder.mean == 0).all() == (l0 == 0)
         losses = trainer.crosscoder.get_losses(trainer.buffer.peek())
         fvus.append(losses.fvu.item())
+        norm = 3**-0.5 / 4 if l0 else cfg["dec_init_norm"]
+        assert torch.allclose(trainer.crosscoder.W_dec.norm(dim=-1), torch.tensor(norm))
+        assert all(group["scale"] == 1 for group in trainer.optimizer.param_groups)
     assert fvus[1] < 0.9 < 1 < fvus[0] and losses.l0_loss.item() == pytest.approx(25.6, rel=0.01)  # a tenth of 256
 
 
