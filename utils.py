@@ -1021,8 +1021,8 @@ class Trainer:
         self.crosscoder = CrossCoder({**cfg, "resume": ""}, n_layers, d_model)  # its cfg.json is for anyone
         # Adam moves any number by about its rate. unlike [J25]: thresholds learn at the full rate, or in
         # a short run they hardly move. b_enc, but for relu, learns at 20 times the rate, as nothing else
-        # moves h on all rows: tests/RESULTS.md, At size. With relu steer does; and a faster one lets
-        # latents die under a weak penalty: the same, An L0 to aim at.
+        # moves h on all rows: tests/RESULTS.md, At size. Of relu with an l0 steer moves it, and at 20
+        # times latents died under a weak penalty: the same, An L0 to aim at.
         scales = {} if cfg["activation"] == "relu" else {"b_enc": 20.0}
         parameters = self.crosscoder.named_parameters()
         groups = [{"params": [p], "scale": scales.get(name, 1.0)} for name, p in parameters]
