@@ -270,6 +270,7 @@ def get_jump_losses(h: Acts, acts: Acts, log_threshold: Acts, norms: Acts) -> tu
 def compare(y_hat: Resids, b_dec: Resids, y: Resids) -> tuple[Resids, Tensor, Tensor]:
     """-> the error of y_hat + b_dec; its squares, and those of y's distance from the mean, summed"""
     error = y_hat + b_dec - y
+    # norm, as it makes no tensor of squares
     return error, error.pow(2).sum(), (y - y.mean(0)).norm(dim=-1).pow(2).sum()
 
 
@@ -558,7 +559,7 @@ class CrossCoder(nn.Module):
         weights["threshold"] = weights["threshold"] * copies  # as decoder norms are summed
         found = {**parent.cfg, "n_models": parent.n_models * copies, "W_enc": [*weights["W_enc"].shape]}
         wanted = {**self.cfg, "n_models": self.n_models, "W_enc": [*self.W_enc.shape]}
-        for key in ("activation", "site", "layers", "center", "n_models", "W_enc"):
+        for key in ("activation", "site", "layers", "center", "dict_size", "n_models", "W_enc"):
             if found[key] != wanted[key]:
                 raise bad("init_from", self.cfg["init_from"], f"its {key} is {found[key]}, not {wanted[key]}")
         self.load_state_dict(weights)

@@ -61,6 +61,11 @@ def get_stability(runs: list[dict]) -> float:
     return float(np.mean(shares or [np.nan]))
 
 
+def get_runs(rows: list[dict], activation: str, value: float) -> list[dict]:
+    """The rows of this activation and sparsity, one a seed."""
+    return [row for row in rows if (row["activation"], row["value"]) == (activation, value)]
+
+
 def table(rows: list[dict]) -> str:
     """A line for each activation and sparsity: means over the seeds, and for FVU the largest distance."""
     lines = [
@@ -68,7 +73,7 @@ def table(rows: list[dict]) -> str:
         "|" + "---|" * 9]
     for activation, (key, values) in SPARSITIES.items():
         for value in values:
-            runs = [row for row in rows if (row["activation"], row["value"]) == (activation, value)]
+            runs = get_runs(rows, activation, value)
             if not runs:
                 continue
             mean = {}
@@ -93,7 +98,7 @@ def draw(rows: list[dict]) -> go.Figure:
             points = []  # of all runs: L0, and what is drawn
             means = []
             for value in SPARSITIES[activation][1]:
-                runs = [row for row in rows if (row["activation"], row["value"]) == (activation, value)]
+                runs = get_runs(rows, activation, value)
                 if runs:
                     points += [(row["sparsity/l0"], row[name]) for row in runs]
                     means.append(np.mean(points[-len(runs) :], axis=0).tolist())
@@ -138,7 +143,7 @@ def main(argv: list[str]) -> None:
             with open(file, "a") as log:
                 log.write(json.dumps(rows[-1]) + "\n")
     for activation, value in {(row["activation"], row["value"]) for row in rows}:
-        runs = [row for row in rows if (row["activation"], row["value"]) == (activation, value)]
+        runs = get_runs(rows, activation, value)
         stable = get_stability(runs)
         for row in runs:
             row["stable"] = stable

@@ -168,7 +168,7 @@ def test_a_run_begins_where_another_has_ended(cfg, models, tokens, tmp_path, act
         assert child.get_rise() < 0.6
         child.cfg = {**child.cfg, "l0": 8.0}  # which may be its L0 already
         assert child.get_rise() == 1
-    for overrides, said in (({"dict_size": 128}, r"W_enc is \[4, 128, 256\], not \[4, 128, 128\]"), ({"layers": [1, 2]}, r"layers is \[\], not \[1, 2\]"),
+    for overrides, said in (({"dict_size": 128}, "dict_size is 256, not 128"), ({"layers": [1, 2]}, r"layers is \[\], not \[1, 2\]"),
                             ({"activation": "topk" if activation == "relu" else "relu"}, "activation is "), ({"center": True}, "center is False")):
         with pytest.raises(ValueError, match=f"^init_from='{path}': its {said}"):
             Trainer({**cfg, "init_from": path, **overrides}, models, tokens[:60])
