@@ -301,10 +301,9 @@ class CrossCoder(nn.Module):
         for _ in range(rank + 1):  # as one process draws them: those of earlier ranks, then its own
             W_dec = torch.randn(d_sae, n_layers // self.n_models, d_model, generator=generator)
         W_dec = W_dec.repeat(1, self.n_models, 1)
+        init_norm = 3**-0.5 / n_layers  # [J25]
         if self.as_published:
             init_norm = cfg["dec_init_norm"]  # unlike [A24]: at each source [N24], not of all
-        else:
-            init_norm = 3**-0.5 / n_layers  # [J25]
         W_dec *= init_norm / W_dec.norm(dim=-1, keepdim=True)
         W_enc = einops.rearrange(W_dec, "d_sae n_layers d_model -> n_layers d_model d_sae")
         W_enc = W_enc.clone(memory_format=torch.contiguous_format)
@@ -991,6 +990,17 @@ MOST_SKIPPED = 10  # steps in a row before a run stops
 LIVE = "loss {loss/total:.1f} FVU {fvu/batch:.3f} L0 {sparsity/l0_batch:.1f} {perf/tokens_per_s:,.0f} tok/s"
 
 
+def make_adam(crosscoder: CrossCoder, cfg: dict) -> torch.optim.Adam:
+    """Adam, which moves any number by about its rate, that of its group times the group's scale.
+    unlike [J25]: thresholds learn at the full rate, or in a short run they hardly move."""
+    # b_enc at 20 times, as nothing else moves h on all rows: tests/RESULTS.md, At size. Of relu with an l0
+    # steer moves it, and latents died at 20 times under a weak penalty: the same, An L0 to aim at.
+    scales = {} if cfg["activation"] == "relu" else {"b_enc": 20.0}
+    parameters = crosscoder.named_parameters()
+    groups = [{"params": [p], "scale": scales.get(name, 1.0)} for name, p in parameters]
+    return torch.optim.Adam(groups, cfg["lr"], betas=(cfg["beta1"], cfg["beta2"]), fused=True)
+
+
 def step_adam(optimizer: torch.optim.Adam, grad_norm: Float[Tensor, ""], skip: Float[Tensor, ""]) -> None:
     """A step on gradients clipped to a norm of 1, or none where skip is 1, without writing the
     clipped gradients and without a wait for the device. Fused Adam can do both, for mixed
@@ -1020,14 +1030,7 @@ class Trainer:
         self.buffer = buffer or Buffer(cfg | share, models, tokens)
         n_layers, d_model = self.buffer.buffer.shape[1:]
         self.crosscoder = CrossCoder({**cfg, "resume": ""}, n_layers, d_model)  # its cfg.json is for anyone
-        # Adam moves any number by about its rate. unlike [J25]: thresholds learn at the full rate, or in
-        # a short run they hardly move. b_enc, but for relu, learns at 20 times the rate, as nothing else
-        # moves h on all rows: tests/RESULTS.md, At size. Of relu with an l0 steer moves it, and at 20
-        # times latents died under a weak penalty: the same, An L0 to aim at.
-        scales = {} if cfg["activation"] == "relu" else {"b_enc": 20.0}
-        parameters = self.crosscoder.named_parameters()
-        groups = [{"params": [p], "scale": scales.get(name, 1.0)} for name, p in parameters]
-        self.optimizer = torch.optim.Adam(groups, cfg["lr"], betas=(cfg["beta1"], cfg["beta2"]), fused=True)
+        self.optimizer = make_adam(self.crosscoder, cfg)
         self.step_counter = 0
         self.total_steps = cfg["num_tokens"] // cfg["batch_size"]
         self.tokens_since_fired = torch.zeros_like(self.crosscoder.b_enc, dtype=torch.long)

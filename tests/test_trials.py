@@ -106,10 +106,3 @@ def test_the_warm_up_takes_its_share_of_the_steps(tmp_path, share):
         changed.append(trainer.get_lr())
     assert changed[10:] == pytest.approx(own[10:]) and max(changed) == trainer.cfg["lr"]
     assert (changed == pytest.approx(own)) == (share == 0.05) and (changed[0] == trainer.cfg["lr"]) == (share == 0)
-
-
-def test_calibrated_relu_starts_below_an_fvu_of_1(tmp_path):
-    trainer = make_trainer(tmp_path)
-    before = trainer.evaluate()["fvu/all"]
-    trials.calibrate(trainer)
-    assert trainer.evaluate()["fvu/all"] < min(1, before)

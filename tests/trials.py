@@ -71,13 +71,6 @@ def see_mean(trainer: Trainer) -> None:
     slow_bias(trainer)
 
 
-def calibrate(trainer: Trainer) -> None:
-    """relu without an l0 starts with mean, biases and scale fitted to the first rows, too."""
-    crosscoder = trainer.crosscoder
-    crosscoder.as_published = False
-    crosscoder.calibrate(trainer.buffer.peek())
-
-
 def aim_by_loss(trainer: Trainer, weight: float) -> None:
     """jumprelu's penalty is weight * (L0 / aim - 1)^2, L0 with the gradient of the thresholds' ramp [Gemma Scope 2]."""
     aim, trainer.cfg = trainer.cfg["l0"], trainer.cfg | {"l0": 0.0}
@@ -122,9 +115,7 @@ TRIALS = {
     "relu": [
         ("relu", RELU, None),
         ("5% of sources masked", RELU, partial(mask_sources, share=0.05)),
-        *[(f"warm-up over {n:.0%}", RELU, partial(warm_up, share=n)) for n in (0.02, 0)],
-        *[(f"l1_coeff={n}, no l0{said}", RELU | {"l0": 0, "l1_coeff": n}, change)
-          for n in (1.5, 2.5) for said, change in (("", None), (", calibrated", calibrate))]],
+        *[(f"warm-up over {n:.0%}", RELU, partial(warm_up, share=n)) for n in (0.02, 0)]],
     **{f"batch_{n}": [(f"batch_size={n}", K | {"batch_size": n, "buffer_mult": 65536 // n}, None)] for n in (256, 1024)},
     "smollm2": [
         ("batchtopk", K_54, None),
@@ -134,7 +125,6 @@ TRIALS = {
         ("batchtopk, two steps a batch", K_54, partial(split_batches, parts=2)),
         ("relu, l0=54", RELU_54, None),
         ("relu, l1_coeff=2", RELU_54 | {"l0": 0, "l1_coeff": 2}, None),
-        ("relu, l1_coeff=1.5, calibrated", RELU_54 | {"l0": 0, "l1_coeff": 1.5}, calibrate),
         ("jumprelu, l0=54", JUMP_54, None)],
     "smollm2_l0": [
         *[(f"relu, l0=54, l1_coeff={n:g}", RELU_54 | {"l1_coeff": n}, None) for n in (0.2, 2, 20)],
