@@ -283,7 +283,7 @@ class CrossCoder(nn.Module):
         super().__init__()
         self.cfg = cfg
         self.activation = cfg["activation"]
-        # How it starts; an earlier version's cfg has no l0.
+        # How it starts; steer would never move a b_enc of 0. An earlier version's cfg has no l0.
         self.as_published = cfg["activation"] == "relu" and not cfg.get("l0")
         self.dtype = DTYPES[cfg["enc_dtype"]]
         self.n_models = len(cfg["model_name"])
@@ -993,8 +993,8 @@ LIVE = "loss {loss/total:.1f} FVU {fvu/batch:.3f} L0 {sparsity/l0_batch:.1f} {pe
 def make_adam(crosscoder: CrossCoder, cfg: dict) -> torch.optim.Adam:
     """Adam, which moves any number by about its rate, that of its group times the group's scale.
     unlike [J25]: thresholds learn at the full rate, or in a short run they hardly move."""
-    # b_enc at 20 times, as nothing else moves h on all rows: tests/RESULTS.md, At size. Of relu with an l0
-    # steer moves it, and latents died at 20 times under a weak penalty: the same, An L0 to aim at.
+    # b_enc at 20 times, as nothing else moves h on all rows: tests/RESULTS.md, At size. Not relu's: it is as
+    # published, or steer moves it, and latents died at 20 times: the same, An L0 to aim at.
     scales = {} if cfg["activation"] == "relu" else {"b_enc": 20.0}
     parameters = crosscoder.named_parameters()
     groups = [{"params": [p], "scale": scales.get(name, 1.0)} for name, p in parameters]
