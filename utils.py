@@ -283,7 +283,7 @@ class CrossCoder(nn.Module):
         super().__init__()
         self.cfg = cfg
         self.activation = cfg["activation"]
-        # How it starts; steer would never move a b_enc of 0. An earlier version's cfg has no l0.
+        # How it starts: its b_enc is 0, which steer would never move. An earlier version's cfg has no l0.
         self.as_published = cfg["activation"] == "relu" and not cfg.get("l0")
         self.dtype = DTYPES[cfg["enc_dtype"]]
         self.n_models = len(cfg["model_name"])
@@ -991,8 +991,8 @@ LIVE = "loss {loss/total:.1f} FVU {fvu/batch:.3f} L0 {sparsity/l0_batch:.1f} {pe
 
 
 def make_adam(crosscoder: CrossCoder, cfg: dict) -> torch.optim.Adam:
-    """Adam, which moves any number by about its rate, that of its group times the group's scale.
-    unlike [J25]: thresholds learn at the full rate, or in a short run they hardly move."""
+    """Adam, with a group for each parameter, which learns at the group's scale times the rate. unlike [J25]:
+    thresholds learn at the full rate, or in a short run they hardly move."""
     # b_enc at 20 times, as nothing else moves h on all rows: tests/RESULTS.md, At size. Not relu's: it is as
     # published, or steer moves it, and latents died at 20 times: the same, An L0 to aim at.
     scales = {} if cfg["activation"] == "relu" else {"b_enc": 20.0}

@@ -122,13 +122,12 @@ TRIALS = {
         ("batchtopk, aux_coeff=1", K_54 | {"aux_coeff": 1}, None),
         ("batchtopk, 5% of sources masked", K_54, partial(mask_sources, share=0.05)),
         ("batchtopk, no warm-up", K_54, partial(warm_up, share=0)),
-        ("batchtopk, two steps a batch", K_54, partial(split_batches, parts=2)),
-        ("relu, l0=54", RELU_54, None),
-        ("relu, l1_coeff=2", RELU_54 | {"l0": 0, "l1_coeff": 2}, None),
-        ("jumprelu, l0=54", JUMP_54, None)],
+        ("batchtopk, two steps a batch", K_54, partial(split_batches, parts=2))],
     "smollm2_l0": [
         *[(f"relu, l0=54, l1_coeff={n:g}", RELU_54 | {"l1_coeff": n}, None) for n in (0.2, 2, 20)],
-        *[(f"jumprelu, l0=54, l0_coeff={n:g}", JUMP_54 | {"l0_coeff": n}, None) for n in (0.06, 0.6, 6)]],
+        *[(f"jumprelu, l0=54, l0_coeff={n:g}", JUMP_54 | {"l0_coeff": n}, None) for n in (0.06, 0.6, 6)],
+        ("batchtopk, k=54", K_54, None),
+        ("relu, l1_coeff=2, no l0", RELU_54 | {"l0": 0, "l1_coeff": 2}, None)],
     "mean": [
         (f"{keys['activation']}{said}", keys, change) for keys in (K, JUMP, RELU)
         for said, change in (("", None), (", b_enc as slow as all else", slow_bias), (", and W_enc sees the mean", see_mean))],
